@@ -1,0 +1,141 @@
+"""Latency, measured so that two rows can be compared: warmed up, interleaved, with the spread and the error stated."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from nextvit.errors import UserError
+from nextvit.progress import track
+from nextvit.runtime.session import Session, Setup
+
+CONFIDENCE = 0.99  # of every interval that is reported
+WARM_UP = 1.0  # seconds for each row, three calls at least
+SLICE = 0.1  # seconds that one row is measured for in one round, one call at least
+
+
+@dataclass(frozen=True)
+class Row:
+    """One (model, runtime, precision): milliseconds for a batch, and its ratio to the first row."""
+
+    model: str
+    setup: Setup
+    batch: int
+    image_size: int
+    rounds: int
+    calls: int  # in all rounds
+    median_ms: float  # over the rounds; a round's value is the mean of its calls
+    p25_ms: float
+    p75_ms: float
+    images_per_s: float  # at the median
+    ratio: float  # median over the rounds of this row's time / the first row's time in the same round
+    ratio_low: float  # CONFIDENCE interval of that median
+    ratio_high: float
+
+    @property
+    def differs(self) -> bool:
+        """Whether the difference from the first row is beyond the stated error."""
+        return not self.ratio_low <= 1.0 <= self.ratio_high
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "confidence": CONFIDENCE, "differs": self.differs}
+
+
+def benchmark(
+    sessions: Sequence[tuple[str, Session]],
+    *,
+    batch: int = 1,
+    image_size: int | None = None,
+    rounds: int = 20,
+    seed: int = 0,
+) -> list[Row]:
+    """Measure open sessions side by side in one run.
+
+    sessions: (name, session), compared to the first. image_size: None: each model's own. rounds: in each, every session
+    is measured once, in an order drawn anew, so that what disturbs the machine disturbs all alike; ratios are taken
+    within a round.
+    """
+    if rounds < fewest_rounds():
+        raise UserError(f"a {CONFIDENCE:.0%} interval needs {fewest_rounds()} rounds or more, not {rounds}.")
+    if batch < 1:
+        raise UserError(f"the batch size must be 1 or more, not {batch}.")
+    rng = np.random.default_rng(seed)
+    inputs, calls = [], []
+    for name, session in track(sessions, total=len(sessions), label="warm up"):
+        size = image_size or session.metadata.preprocess.image_size
+        inputs.append(rng.standard_normal((batch, session.metadata.in_channels, size, size), dtype=np.float32))
+        calls.append(_calls_a_round(name, session, inputs[-1]))
+    times = np.zeros((rounds, len(sessions)))
+    for number in track(range(rounds), total=rounds, label="measure"):
+        for index in rng.permutation(len(sessions)):
+            session, images = sessions[index][1], inputs[index]
+            start = time.perf_counter()
+            for _ in range(calls[index]):
+                session(images)
+            times[number, index] = (time.perf_counter() - start) / calls[index]
+    return [
+        _row(name, session, times[:, i], times[:, 0], batch, inputs[i].shape[-1], calls[i] * rounds)
+        for i, (name, session) in enumerate(sessions)
+    ]
+
+
+def _calls_a_round(name: str, session: Session, images: np.ndarray) -> int:
+    start, done = time.perf_counter(), 0
+    try:
+        while done < 3 or time.perf_counter() - start < WARM_UP:
+            session(images)
+            done += 1
+    except Exception as error:  # each runtime has its own kinds; a file of fixed size is the usual reason
+        shape = "x".join(map(str, images.shape))
+        raise UserError(
+            f"{name} cannot run an input of {shape}: {str(error).strip().splitlines()[-1][:200]}"
+        ) from error
+    return max(1, round(SLICE * done / (time.perf_counter() - start)))
+
+
+def _row(name: str, session: Session, times: np.ndarray, first: np.ndarray, batch: int, size: int, calls: int) -> Row:
+    p25, median, p75 = np.percentile(times * 1e3, (25, 50, 75))
+    low, ratio, high = median_interval(times / first)
+    return Row(
+        model=name,
+        setup=session.setup,
+        batch=batch,
+        image_size=size,
+        rounds=len(times),
+        calls=calls,
+        median_ms=float(median),
+        p25_ms=float(p25),
+        p75_ms=float(p75),
+        images_per_s=batch * 1e3 / float(median),
+        ratio=ratio,
+        ratio_low=low,
+        ratio_high=high,
+    )
+
+
+def median_interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Low end, median and high end of a CONFIDENCE interval of the median, from order statistics.
+
+    It assumes nothing of the distribution: the number of values below the true median is binomial.
+    """
+    ordered, n = np.sort(values), len(values)
+    k = _ranks_to_drop(n)
+    return float(ordered[k]), float(np.median(ordered)), float(ordered[n - 1 - k])
+
+
+def _ranks_to_drop(n: int) -> int:
+    """The largest k for which ordered[k] .. ordered[n-1-k] holds the median with CONFIDENCE; -1 if there is none."""
+    tail, k = 0.0, -1
+    while True:
+        tail += math.comb(n, k + 1) / 2**n
+        if 2 * tail > 1 - CONFIDENCE:
+            return k
+        k += 1
+
+
+def fewest_rounds() -> int:
+    """Rounds below which no interval has the confidence."""
+    return next(n for n in range(1, 100) if _ranks_to_drop(n) >= 0)

@@ -1,0 +1,408 @@
+"""The verbs: parse, call, print, exit code. Each imports what it needs when it runs."""
+
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from click import ClickException
+
+from nextvit.errors import UserError
+
+if TYPE_CHECKING:
+    from nextvit.runtime.predictor import Predictor
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    help="Next-ViT from a folder of images to a deployed model: train, evaluate, export, check, measure.",
+)
+
+# ---- flags that mean the same wherever they stand --------------------------------------------------------------------
+
+Model = Annotated[str, typer.Argument(help="A variant's name, a checkpoint, or an exported file.")]
+Weights = Annotated[
+    str | None,
+    typer.Option(help="With a variant's name: a weight file, a published tag such as in1k, or hf-hub:org/name."),
+]
+Output = Annotated[Path | None, typer.Option(help="Where to write.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; left out: the runtime's own choice.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
+ImageSize = Annotated[int | None, typer.Option(min=32, help="Side of the input in pixels; left out: the model's own.")]
+Precision = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16, where the device computes in it; else fp32.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Of everything that is drawn at random.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output and nothing else there.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+class To(str, Enum):
+    """Formats of `export`."""
+
+    onnx = "onnx"
+    openvino = "openvino"
+
+
+# ---- the verbs -------------------------------------------------------------------------------------------------------
+
+
+@app.command(epilog="Example: nextvit info nextvit_small")
+def info(
+    model: Annotated[str | None, typer.Argument(help="A variant's name or any file; left out: all variants.")] = None,
+    image_size: ImageSize = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """The variants; or one model's structure, parameters and FLOPs, and what a file holds."""
+    from nextvit.describe import describe_file, describe_variant, describe_variants
+    from nextvit.spec import VARIANTS
+
+    if model is None:
+        _show(describe_variants(), as_json)
+    elif any(model == variant.name for variant in VARIANTS) or not os.path.lexists(model):
+        _show(describe_variant(model, image_size or 224), as_json)
+    else:
+        _show(describe_file(Path(model), image_size), as_json)
+
+
+@app.command(epilog="Example: nextvit train demo --recipe demo --output runs/first")
+def train(
+    data: Annotated[str, typer.Argument(help="A folder with train/ and val/, or of class folders; or `demo`.")],
+    model: Annotated[str | None, typer.Option(help="The variant; left out: the recipe's own.")] = None,
+    recipe: Annotated[str, typer.Option(help="A shipped recipe (default, demo) or a YAML file.")] = "default",
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the images.")] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="FILE, published TAG or none; left out: the published weights where there are any, else none."
+        ),
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with this run folder, as that run had it.")] = None,
+    output: Annotated[Path | None, typer.Option(help="The run folder; left out: a new one below runs/.")] = None,
+    device: Device = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    threads: Threads = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that load images; 0: none of their own.")] = 0,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images a step.")] = None,
+    image_size: ImageSize = None,
+    seed: Seed = None,
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="Only operators that repeat exactly.")] = False,
+    override: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any value of recipe.yaml, e.g. optimizer.lr=5e-4."),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train or fine-tune a classifier on a folder of images, and keep all of it in a run folder."""
+    from nextvit.recipe import parse_recipe, read_recipe
+    from nextvit.report import write_run_plots
+    from nextvit.train import Interrupted, new_run_folder
+    from nextvit.train import train as run_training
+
+    flags = {
+        "model": model,
+        "schedule.epochs": epochs,
+        "batch_size": batch_size,
+        "images.size": image_size,
+        "seed": seed,
+    }
+    overrides = [f"{key}={value}" for key, value in flags.items() if value is not None] + (override or [])
+    if resume is not None:
+        if output is not None or weights is not None or overrides or recipe != "default":
+            raise UserError("--resume goes on as that run had it; leave out the flags that would change it.")
+        try:
+            text = (resume / "recipe.yaml").read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"{resume} is no run folder: it has no recipe.yaml; give the folder that `train` wrote."
+            ) from error
+        chosen, run = parse_recipe(text, str(resume / "recipe.yaml")), resume
+    else:
+        chosen = read_recipe(recipe, overrides)
+        run = output or new_run_folder(data, chosen)
+        if run.exists() and any(run.iterdir() if run.is_dir() else [run]):
+            raise UserError(f"{run} exists; go on with it by --resume {run}, or take another --output.")
+    try:
+        result = run_training(
+            data,
+            chosen,
+            run,
+            weights=weights,
+            resume=resume is not None,
+            device=device,
+            precision=precision,
+            threads=threads,
+            workers=workers,
+            deterministic=deterministic,
+        )
+    except Interrupted as stop:
+        print(f"saved; go on with: nextvit train {data} --resume {run}", file=sys.stderr)
+        raise typer.Exit(128 + stop.number) from stop
+    write_run_plots(run, result)
+    best = run / "model.safetensors"
+    _show(
+        {"run": str(run), "model": str(best), "val": result.to_dict()},
+        as_json,
+        [
+            f"{best}: val top-1 {_with_error(result)}",
+            f"next: nextvit export {best} --to onnx",
+            f"      nextvit predict {best} IMAGE...",
+        ],
+    )
+
+
+@app.command(name="eval", epilog="Example: nextvit eval runs/first/model.safetensors demo")
+def evaluate(
+    model: Model,
+    data: Annotated[str, typer.Argument(help="A folder as `train` takes it, or `demo`.")],
+    split: Annotated[
+        str | None, typer.Option(help="train, val or test; left out: test where there is one, else val.")
+    ] = None,
+    weights: Weights = None,
+    device: Device = "auto",
+    precision: Precision = None,
+    threads: Threads = None,
+    batch_size: BatchSize = 32,
+    allow_bad: Annotated[
+        bool, typer.Option("--allow-bad", help="Accept images that cannot be read; they are left out.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Top-1 and top-5 accuracy of a checkpoint or an exported file."""
+    from nextvit.data.folders import default_eval_split, read_split
+    from nextvit.data.loader import batches, eval_transform
+    from nextvit.evaluate import evaluate as run_evaluation
+    from nextvit.runtime.open import open_session
+    from nextvit.runtime.predictor import Predictor
+
+    predictor = Predictor(open_session(model, weights=weights, device=device, threads=threads, precision=precision))
+    part = read_split(data, split or default_eval_split(data), predictor.labels)
+    source = batches(part, eval_transform(predictor.metadata.preprocess), batch_size=batch_size)
+    result = run_evaluation(predictor.run, source, part, total=-(-len(part) // batch_size))
+    if result.rejected and not allow_bad:
+        raise UserError(
+            f"{len(result.rejected)} of {len(part)} images cannot be read, so there is no figure for all of them: "
+            f"{result.rejected[0][1]} Mend them, or leave them out with --allow-bad."
+        )
+    setup = predictor.session.setup
+    lines = [
+        f"top-1 {_with_error(result)}",
+        f"top-5 {result.metrics.top5:.2f} %, loss {result.metrics.loss:.4f}",
+        f"{result.metrics.images} images of {part.name}, {len(result.rejected)} left out; "
+        f"{setup.runtime}, {setup.device}, {setup.precision}",
+    ]
+    _show({"model": model, "setup": vars(setup), **result.to_dict()}, as_json, lines)
+
+
+@app.command(epilog="Example: nextvit predict runs/first/model.safetensors photos/ --output answers.jsonl")
+def predict(
+    model: Model,
+    source: Annotated[list[str], typer.Argument(help="Images, folders, globs.")],
+    output: Annotated[
+        Path | None, typer.Option(help="FILE.jsonl or FILE.csv; left out: JSON Lines on standard output.")
+    ] = None,
+    pictures: Annotated[
+        Path | None, typer.Option(help="Also write each image, with its label on it, into this folder.")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 2 if any file cannot be used.")] = False,
+    weights: Weights = None,
+    device: Device = "auto",
+    precision: Precision = None,
+    threads: Threads = None,
+    batch_size: BatchSize = 16,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Label images: one row a file, in order, with the best labels and their scores, or why it could not be read."""
+    from nextvit.data.sources import expand
+    from nextvit.progress import track
+    from nextvit.results import draw, open_results
+    from nextvit.runtime.open import open_session
+    from nextvit.runtime.predictor import Predictor
+
+    files = expand(source)
+    predictor = Predictor(open_session(model, weights=weights, device=device, threads=threads, precision=precision))
+    if as_json and output is None:
+        output = Path(os.devnull)
+    good = 0
+    with open_results(output) as write:
+        for file, result in track(
+            _answers(predictor, files, batch_size), total=len(files), label="predict", unit="images"
+        ):
+            write(file, result)
+            if not isinstance(result, str):
+                good += 1
+                if pictures is not None:
+                    draw(file, result, pictures)
+    bad = len(files) - good
+    if as_json:
+        _show({"files": len(files), "answered": good, "rejected": bad, "output": str(output)}, True)
+    if not good or (strict and bad):
+        raise UserError(f"{bad} of {len(files)} files could not be read; each row says why.")
+    if bad:
+        print(f"note: {bad} of {len(files)} files could not be read; each row says why.", file=sys.stderr)
+
+
+@app.command(epilog="Example: nextvit export runs/first/model.safetensors --to onnx")
+def export(
+    model: Annotated[str, typer.Argument(help="A variant's name or a checkpoint.")],
+    to: Annotated[To, typer.Option(help="The format.")],
+    output: Annotated[
+        Path | None, typer.Option(help="The file; left out: named for variant, size and precision.")
+    ] = None,
+    weights: Weights = None,
+    image_size: ImageSize = None,
+    static: Annotated[
+        bool, typer.Option("--static", help="Fix batch 1 and the image size; else all three stay free.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Fold, write, and prove on real images that the file answers as the model does; else it is not kept."""
+    from nextvit.exporters.export import default_path
+    from nextvit.exporters.export import export as run_export
+    from nextvit.runtime.open import open_model
+
+    network = open_model(model, weights)
+    path = output or default_path(model, network.metadata.with_image_size(image_size), to.value)
+    report = run_export(network, path, image_size=image_size, dynamic=not static)
+    p, s = report.parity, report.setup
+    lines = [
+        f"{path} ({report.bytes / 1e6:.1f} MB, {report.seconds:.0f} s), run by {s.runtime} in {s.precision}:",
+        f"  largest difference {p.max_abs:.2e}, mean {p.mean_abs:.2e}, of logits up to {p.size:.3g}: "
+        f"relative {p.relative:.1e}, bound {p.bound:.0e}",
+        f"  same first label for {p.top1_agreement:.2f} % of {p.images} inputs ({', '.join(p.sizes)}); "
+        f"spread over the images {p.spread:.3g}",
+    ]
+    if not p.live:
+        lines.append("  note: the outputs hardly depend on the image (random weights?), so the agreement says little.")
+    lines.append(f"next: nextvit benchmark {path}")
+    _show(report.to_dict(), as_json, lines)
+
+
+@app.command(epilog="Example: nextvit benchmark nextvit_nano --runtimes eager,folded,onnx,openvino --image-size 224")
+def benchmark(
+    model: Annotated[
+        list[str], typer.Argument(help="Variants, checkpoints, exported files; the first is what all is compared to.")
+    ],
+    runtimes: Annotated[
+        str,
+        typer.Option(
+            help="For variants and checkpoints, of eager, folded, onnx, openvino; the last two are exported first."
+        ),
+    ] = "folded",
+    precision: Annotated[
+        str, typer.Option(help="Of fp32, bf16, fp16: a row for each that the runtime has here.")
+    ] = "fp32",
+    batch_size: BatchSize = 1,
+    image_size: ImageSize = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; each measures every row once.")] = 20,
+    weights: Weights = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    seed: Seed = None,
+    output: Annotated[Path | None, typer.Option(help="FILE.csv; a plot is drawn beside it.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Latency of models, runtimes and precisions side by side, in one interleaved run."""
+    from nextvit.benchmark import benchmark as run_benchmark
+    from nextvit.devices import cpu_count
+    from nextvit.report import latency_lines, write_latency
+    from nextvit.runtime.candidates import open_candidates
+
+    with open_candidates(
+        model,
+        runtimes=runtimes.split(","),
+        precisions=precision.split(","),
+        weights=weights,
+        device=device,
+        threads=threads or cpu_count(),
+    ) as sessions:
+        rows = run_benchmark(sessions, batch=batch_size, image_size=image_size, rounds=rounds, seed=seed or 0)
+    if output is not None:
+        write_latency(rows, output)
+    _show({"rows": [row.to_dict() for row in rows]}, as_json, latency_lines(rows))
+
+
+# ---- what the verbs share --------------------------------------------------------------------------------------------
+
+
+def _answers(predictor: "Predictor", files: Sequence[Path], batch_size: int) -> Iterator[tuple[Path, Any]]:
+    """(file, result or why there is none), in order, decoding and running one batch at a time."""
+    import numpy as np
+
+    from nextvit.data.images import ImageRejected
+    from nextvit.tasks import classify
+
+    labels = predictor.labels
+    for start in range(0, len(files), batch_size):
+        part = files[start : start + batch_size]
+        answers: list[Any] = []
+        inputs = []
+        for file in part:
+            try:
+                inputs.append(predictor.prepare(file))
+                answers.append(None)
+            except ImageRejected as error:
+                answers.append(str(error))
+        decoded: Iterable[Any] = classify.decode(predictor.run(np.stack(inputs)), labels) if inputs else ()
+        results = iter(decoded)
+        for file, answer in zip(part, answers, strict=True):
+            yield file, next(results) if answer is None else answer
+
+
+def _with_error(result: Any) -> str:
+    m = result.metrics
+    return f"{m.top1:.2f} % (standard error {m.standard_error:.2f}, {m.images} images)"
+
+
+def _show(values: Any, as_json: bool, lines: Sequence[str] | None = None) -> None:
+    """Print a result: one JSON object, or lines for a person."""
+    if as_json:
+        print(json.dumps(values))
+    else:
+        from nextvit.describe import as_lines
+
+        print("\n".join(lines if lines is not None else as_lines(values)))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb and return the exit code: 0 done, 2 the user can mend it, 1 anything else, 130 after SIGINT."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    try:
+        code = app(given, prog_name="nextvit", standalone_mode=False)
+    except ClickException as error:
+        error.show()
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:  # the last resort: a sentence and a code for whoever runs this in a script
+        if debug:
+            traceback.print_exc()
+        text = str(error).strip().splitlines() or [""]
+        print(f"error: {type(error).__name__}: {text[0]} (--debug shows where)", file=sys.stderr)
+        return 1
+    return code if isinstance(code, int) else 0

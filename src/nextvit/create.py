@@ -1,0 +1,145 @@
+"""create_model and list_models: from a name, and perhaps a weight file, to a network with its metadata."""
+
+import difflib
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+
+import torch
+
+from nextvit.backbone import NextViT
+from nextvit.errors import UserError
+from nextvit.metadata import Metadata
+from nextvit.spec import KV_POOLINGS, VARIANTS, KvPooling, Variant
+from nextvit.weights import (
+    FIRST_FILTER,
+    HEAD,
+    WeightFile,
+    adapt_first_filter,
+    adapt_head,
+    load_into,
+    model_tensors,
+    read_weights,
+    rename,
+    resolve,
+)
+
+
+def list_models() -> list[str]:
+    """Names of the variants, smallest first."""
+    return [variant.name for variant in VARIANTS]
+
+
+def variant_named(name: str) -> Variant:
+    """The row of the variant table; an unknown name raises UserError and offers the nearest names."""
+    for variant in VARIANTS:
+        if variant.name == name:
+            return variant
+    near = difflib.get_close_matches(name, list_models(), n=3, cutoff=0.4) or list_models()
+    raise UserError(f"there is no model {name!r}; did you mean {' or '.join(near)}?")
+
+
+def create_model(
+    name: str,
+    *,
+    weights: str | Path | None = None,
+    num_classes: int | None = None,
+    in_channels: int = 3,
+    features_only: bool = False,
+    drop_path_rate: float | None = None,
+    kv_pooling: KvPooling = "sequence",
+) -> NextViT:
+    """Build a Next-ViT: (B, in_channels, H, W) float -> (B, num_classes) logits.
+
+    weights: None (random), a file (official .pth, timm .pth or .safetensors, our own .safetensors or .ckpt), a
+        published tag ("in1k", "in1k_384", "in1k_6m", "in1k_6m_384"), or "hf-hub:org/name".
+    num_classes: None: as the weights have it, else 1000. Another count than the weights': the last layer is new.
+    features_only: forward returns the four raw stage outputs at strides 4, 8, 16, 32, without the final norm.
+    drop_path_rate: stochastic depth at the last block; None: the variant's own.
+    kv_pooling: "sequence", as the published weights were trained, or "spatial", true 2-D average pooling.
+
+    `model.metadata` holds the labels and the preprocessing that go with it. Raises UserError (a ValueError) for an
+    unknown name, and for weights that cannot be read or do not fit; then nothing was loaded.
+    """
+    variant = variant_named(name)
+    if kv_pooling not in KV_POOLINGS:
+        raise UserError(f"there is no kv_pooling {kv_pooling!r}; take one of {', '.join(KV_POOLINGS)}.")
+    for value, what in ((num_classes, "num_classes"), (in_channels, "in_channels")):
+        if value is not None and value < 1:
+            raise UserError(f"{what} must be 1 or more, not {value}.")
+    metadata = Metadata(name, kv_pooling=kv_pooling, in_channels=in_channels)
+    found = None
+    if weights is not None:
+        path, preprocess = resolve(name, weights)
+        file = read_weights(path)
+        if file.metadata is not None:
+            metadata = _agreeing(file.metadata, name, kv_pooling, file.source)
+        elif preprocess is not None:
+            metadata = replace(metadata, preprocess=preprocess)
+        found = rename(model_tensors(file), variant, file.source)
+    if num_classes is None:
+        num_classes = len(found[f"{HEAD}.bias"]) if found is not None and f"{HEAD}.bias" in found else 1000
+    model = NextViT(
+        variant,
+        num_classes=num_classes,
+        in_channels=in_channels,
+        features_only=features_only,
+        drop_path_rate=drop_path_rate,
+        kv_pooling=kv_pooling,
+    )
+    if found is not None:
+        if features_only:
+            found = {key: tensor for key, tensor in found.items() if not key.startswith(("norm.", "head."))}
+        adapt_first_filter(found, in_channels, file.source)
+        adapt_head(found, model, file.source)
+        load_into(model, found, file.source, name)
+    if num_classes != metadata.num_classes:
+        metadata = replace(metadata, labels=())
+    elif found is not None and file.metadata is None:
+        metadata = replace(metadata, labels=imagenet_labels())
+    model.metadata = replace(metadata, num_classes=num_classes, in_channels=in_channels)
+    # Convolutions on the CPU, and half-precision ones on GPUs, are fastest with channels last; weights laid out so make
+    # torch choose it for any input (benchmarks/eager_vs_timm.py).
+    return model.to(memory_format=torch.channels_last)
+
+
+def open_checkpoint(path: str | Path) -> NextViT:
+    """The network of a weight file, built as its metadata says; without metadata, as its tensors do."""
+    file = read_weights(path)
+    if file.metadata is not None:
+        m = file.metadata
+        return create_model(m.variant, weights=path, in_channels=m.in_channels, kv_pooling=m.kv_pooling)
+    variant = variant_of(file)
+    if variant is None:
+        raise UserError(f"{path} fits none of {', '.join(list_models())}; `nextvit info {path}` shows what it holds.")
+    return create_model(variant.name, weights=path, in_channels=file.tensors[FIRST_FILTER].shape[1])
+
+
+def variant_of(file: WeightFile) -> Variant | None:
+    """The variant whose names and shapes a file has, its classes and input channels aside; None: it is none of ours."""
+    for variant in VARIANTS:
+        try:
+            found = rename(model_tensors(file), variant, file.source)
+        except UserError:
+            return None
+        with torch.device("meta"):
+            wanted = NextViT(variant).state_dict()
+        free = (FIRST_FILTER, f"{HEAD}.weight", f"{HEAD}.bias")
+        if found.keys() == wanted.keys() and all(found[k].shape == wanted[k].shape for k in wanted if k not in free):
+            return variant
+    return None
+
+
+def imagenet_labels() -> tuple[str, ...]:
+    """Names of the 1000 classes of ImageNet-1K, in the order of the published weights."""
+    text = (resources.files("nextvit.data") / "imagenet_labels.txt").read_text(encoding="utf-8")
+    return tuple(text.splitlines())
+
+
+def _agreeing(found: Metadata, name: str, kv_pooling: str, source: str) -> Metadata:
+    """The file's own record, once it is clear that it is about the network that was asked for."""
+    if found.variant != name:
+        raise UserError(f"{source} holds {found.variant} and {name} was asked for; ask for {found.variant}.")
+    if found.kv_pooling != kv_pooling:
+        raise UserError(f"{source} was trained with kv_pooling={found.kv_pooling!r}; ask for that.")
+    return found

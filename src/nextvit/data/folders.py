@@ -1,0 +1,80 @@
+"""Folders of class folders, read as they are: classes by name, every file accounted for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from nextvit.data.demo_images import demo_folder
+from nextvit.data.images import image_files
+from nextvit.errors import UserError
+
+SPLITS = ("train", "val", "test")
+HELD_OUT = 5  # without a val/ folder every fifth image of a class is held out
+
+
+@dataclass(frozen=True)
+class Split:
+    """One part of a data set: files, each with the index of its class in `labels`."""
+
+    name: str
+    labels: tuple[str, ...]
+    files: tuple[Path, ...]
+    targets: tuple[int, ...]
+    notes: tuple[str, ...] = field(default=())  # what the user should know: empty classes, files outside a class
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+def data_root(data: str | Path) -> Path:
+    """The folder that DATA names; `demo` is the images that ship with the package."""
+    root = demo_folder() if str(data) == "demo" else Path(data)
+    if not root.is_dir():
+        raise UserError(f"there is no folder {root}; give a folder of class folders, or `demo`.")
+    return root
+
+
+def read_split(data: str | Path, name: str, labels: Sequence[str] | None = None) -> Split:
+    """Read a split of `data`: a folder with `train/`, `val/` and perhaps `test/`, or a single folder of class folders.
+
+    A single folder is split the same way each time: every fifth image of each class is `val`, and there is no `test`.
+    labels: the classes of a model. Images are matched to them by name; a folder that is none of them is an error. None:
+    the classes are the folders, sorted.
+    """
+    root = data_root(data)
+    parts = [part for part in SPLITS if (root / part).is_dir()]
+    if parts and name not in parts:
+        raise UserError(f"{root} has no {name}/ folder, only {', '.join(parts)}.")
+    folder = root / name if parts else root
+    found = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not found:
+        raise UserError(f"{folder} has no class folders; put the images of each class into a folder of its name.")
+    if labels is not None and (strange := [label for label in found if label not in labels]):
+        raise UserError(
+            f"{folder} has a class {strange[0]!r} that the model does not know; it knows {', '.join(labels[:20])}."
+        )
+    classes = tuple(labels) if labels is not None else tuple(found)
+    files: list[Path] = []
+    targets: list[int] = []
+    notes = [f"{folder} has files outside a class folder, which are left out" for p in folder.iterdir() if p.is_file()][
+        :1
+    ]
+    for label in found:
+        own = image_files(folder / label)
+        if not parts:
+            held_out = np.arange(len(own)) % HELD_OUT == HELD_OUT - 1
+            own = [path for path, out in zip(own, held_out, strict=True) if out == (name == "val")]
+        if not own:
+            notes.append(f"class {label!r} has no images in {name}")
+        files += own
+        targets += [classes.index(label)] * len(own)
+    if not files:
+        raise UserError(f"{folder} has no images; put the images of each class into its folder.")
+    return Split(name, classes, tuple(files), tuple(targets), tuple(notes))
+
+
+def default_eval_split(data: str | Path) -> str:
+    """`test` where there is one, else `val`: the images that training did not see."""
+    return "test" if (data_root(data) / "test").is_dir() else "val"

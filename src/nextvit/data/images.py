@@ -1,0 +1,115 @@
+"""The one way from a file, a PIL image or an array to an upright 8-bit RGB image, and from there to the input."""
+
+import os
+import stat
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from nextvit.errors import UserError
+from nextvit.metadata import Preprocess
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # told by content; Pillow's other decoders stay closed
+MAX_PIXELS = 64_000_000
+MAX_SIDE = 32_768
+
+ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray
+
+
+class ImageRejected(UserError):
+    """One image cannot be used; the message names it and says why."""
+
+
+def read_image(source: ImageSource) -> Image.Image:
+    """An upright 8-bit RGB image.
+
+    source: a path, a PIL image, or a uint8 array (H, W, 3).
+
+    EXIF orientation is applied; alpha is laid over white; 16-bit grey is scaled to 8 bits; CMYK, palette and grey are
+    converted; of an animation or a multi-page file the first frame is taken. Raises ImageRejected for a file that is
+    missing, truncated, of another format, or larger than 64 million pixels, before its pixels are decoded.
+    """
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or 0 in source.shape:
+            raise ImageRejected(f"an array image must be uint8 of shape (H, W, 3), not {source.dtype} {source.shape}.")
+        return Image.fromarray(source)
+    if isinstance(source, Image.Image):
+        return _upright_rgb(source)
+    name = printable(source)
+    try:
+        if not stat.S_ISREG(os.stat(source).st_mode):
+            raise ImageRejected(f"{name} is not a regular file.")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the size is checked below; odd EXIF and palettes are handled
+            with Image.open(source, formats=FORMATS) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+                    raise ImageRejected(
+                        f"{name} has {width} x {height} pixels; the limit is {MAX_PIXELS // 10**6} million and "
+                        f"{MAX_SIDE} a side."
+                    )
+                return _upright_rgb(image)
+    except ImageRejected:
+        raise
+    except OSError as error:
+        reason = error.strerror or (
+            "it is no image" if "cannot identify" in str(error) else "it is damaged or cut short"
+        )
+        raise ImageRejected(f"{name} cannot be read: {reason}.") from error
+    except Exception as error:  # decoders raise many kinds on crafted files
+        raise ImageRejected(f"{name} cannot be read: it is damaged or not of {', '.join(FORMATS)}.") from error
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception:  # EXIF that cannot be parsed says nothing about the orientation; the pixels are good
+        image = image.copy()
+    if image.mode.startswith("I"):  # 16 bits: scale, where convert() would clip to white
+        levels = np.asarray(image).astype(np.int64)
+        image = Image.fromarray(((np.clip(levels, 0, 65535) + 128) // 257).astype(np.uint8))
+    if image.mode == "F":
+        raise ImageRejected("an image of floating-point values has no agreed range; save it with 8 or 16 bits.")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def preprocess(image: Image.Image, p: Preprocess) -> np.ndarray:
+    """The network's input of an RGB image: float32 (3, image_size, image_size), normalised.
+
+    The short side is resized to `p.resize_size`, the centre cut out, values scaled to 0..1, then mean and std applied.
+    """
+    short = min(image.size)
+    width, height = (max(p.image_size, int(side * p.resize_size / short)) for side in image.size)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling[p.interpolation.upper()])
+    left, top = round((width - p.image_size) / 2), round((height - p.image_size) / 2)
+    image = image.crop((left, top, left + p.image_size, top + p.image_size))
+    return normalise(np.asarray(image), p)
+
+
+def normalise(pixels: np.ndarray, p: Preprocess) -> np.ndarray:
+    """uint8 (H, W, 3) -> float32 (3, H, W), scaled to 0..1, then mean and std."""
+    values = pixels.astype(np.float32) / np.float32(255)
+    values = (values - np.asarray(p.mean, np.float32)) / np.asarray(p.std, np.float32)
+    return np.ascontiguousarray(values.transpose(2, 0, 1))
+
+
+def printable(path: str | os.PathLike[str]) -> str:
+    """A file name that can be shown: control characters and bytes that are no text are escaped."""
+    text = os.fspath(path)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def image_files(folder: Path) -> list[Path]:
+    """All files below a folder, by name; hidden ones and those in hidden folders are left out, links not followed."""
+    found: list[Path] = []
+    for where, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(where, name) for name in sorted(files) if not name.startswith(".")]
+    return found

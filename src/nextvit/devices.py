@@ -1,0 +1,61 @@
+"""Devices, threads and precisions: asked of the machine, never assumed."""
+
+import os
+from typing import Literal
+
+import torch
+
+from nextvit.errors import UserError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto`: a GPU where there is one, else the CPU. A device that is not there is an error, never a silent CPU."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if there[kind]))
+    kind, _, index = name.partition(":")
+    known = there.get(kind, False) and (not index or index.isdecimal())
+    if not known or (index and int(index) >= torch.accelerator.device_count()):
+        choices = ", ".join(name for name, usable in there.items() if usable)
+        raise UserError(f"there is no device {name!r} here; take {choices} or auto.")
+    return torch.device(name)
+
+
+def fast_precisions(device: torch.device) -> tuple[Precision, ...]:
+    """Precisions that the device computes in hardware; others run, but several times slower than fp32."""
+    if device.type == "cuda":
+        return ("fp32", "bf16", "fp16") if torch.cuda.is_bf16_supported(including_emulation=False) else ("fp32", "fp16")
+    if device.type == "cpu":
+        return (
+            ("fp32", "bf16")
+            if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+            else ("fp32",)
+        )
+    return ("fp32",)
+
+
+def pick_precision(name: str, device: torch.device) -> Precision:
+    """`auto`: half precision on GPUs that have it, else fp32. Refuses a precision that the device only emulates."""
+    fast = fast_precisions(device)
+    if name == "auto":
+        return fast[1] if device.type == "cuda" else "fp32"
+    if name not in fast:
+        raise UserError(f"{device.type} here does not compute in {name}; take one of {', '.join(fast)}.")
+    return fast[fast.index(name)]
+
+
+def set_threads(threads: int | None) -> int:
+    """Set the number of threads of torch's CPU operators (None: leave it) and return the number in force."""
+    if threads is not None:
+        if threads < 1:
+            raise UserError(f"--threads must be 1 or more, not {threads}.")
+        torch.set_num_threads(threads)
+    return torch.get_num_threads()
+
+
+def cpu_count() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,14 @@
+"""Optional libraries: imported where they are used, and named with the extra that brings them when they are missing."""
+
+import importlib
+from types import ModuleType
+
+from nextvit.errors import MissingExtra
+
+
+def need(module: str, *, extra: str) -> ModuleType:
+    """Import `module`, or raise MissingExtra with the `pip install` line of the extra that has it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise MissingExtra(f'{error.name} is not installed; run: pip install "nextvit[{extra}]"') from error

@@ -1,0 +1,110 @@
+"""Writing that a crash cannot spoil, and a seal that finds a flipped bit."""
+
+import csv
+import hashlib
+import io
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nextvit.errors import UserError
+
+SEAL = "nextvit-sha256:"
+OPEN_SEAL = SEAL + "0" * 64  # written with the file's metadata; close_seal() puts the digest in its place
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a path in a hidden folder beside `path`; what lies there takes its final place only if all went well.
+
+    Companions written beside it (the `.bin` of an OpenVINO `.xml`) are moved first, the file itself last.
+    """
+    final = Path(path)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent))
+    except OSError as error:
+        raise UserError(f"cannot write {final}: {error.strerror}; choose another --output.") from error
+    try:
+        yield folder / final.name
+        written = sorted(folder.iterdir(), key=lambda p: p.name == final.name)
+        for file in written:
+            _sync(file)
+        for file in written:
+            os.replace(file, final.parent / file.name)
+        _sync(final.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file whole or not at all."""
+    with replacing(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """A CSV file of rows with the same keys, whole or not at all."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def close_seal(path: Path) -> None:
+    """Put the SHA-256 of the file, and of its companion, in the place of the OPEN_SEAL that its metadata holds."""
+    digest, at = _digest(path)
+    if at is None:
+        raise RuntimeError(f"{path} was written without a seal")
+    with open(path, "r+b") as file:
+        file.seek(at)
+        file.write(digest.encode())
+
+
+def check_seal(path: Path) -> bool:
+    """True: the seal holds. False: the file has none. UserError: the file is not as it was written."""
+    digest, at = _digest(path)
+    if at is None:
+        return False
+    with open(path, "rb") as file:
+        file.seek(at)
+        if file.read(64) != digest.encode():
+            raise UserError(
+                f"{path} is damaged: its SHA-256 is not the one it was written with; copy or make it again."
+            )
+    return True
+
+
+def companion(path: Path) -> Path | None:
+    """The second file of a format that has two."""
+    return path.with_suffix(".bin") if path.suffix == ".xml" else None
+
+
+def _digest(path: Path) -> tuple[str, int | None]:
+    """SHA-256 of the file with its seal taken as zeros, then of its companion; and where the seal's digits start."""
+    data = bytearray(path.read_bytes())
+    found = data.find(SEAL.encode())
+    at = None if found < 0 else found + len(SEAL)
+    if at is not None:
+        data[at : at + 64] = b"0" * 64
+    digest = hashlib.sha256(data)
+    second = companion(path)
+    if at is not None and second is not None:
+        try:
+            digest.update(second.read_bytes())
+        except OSError as error:
+            raise UserError(f"{second} is missing: {path.name} needs it beside itself.") from error
+    return digest.hexdigest(), at

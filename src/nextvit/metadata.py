@@ -1,0 +1,81 @@
+"""What travels with every weight file and every exported file: the one source of truth for preprocessing and labels."""
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, get_args
+
+from nextvit.errors import UserError
+from nextvit.spec import KvPooling
+
+Interpolation = Literal["bicubic", "bilinear", "nearest"]
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How an image becomes the network's input: resize the short side, cut the centre, scale to 0..1, normalise."""
+
+    image_size: int = 224  # side of the square input, pixels
+    crop: float = 0.875  # image_size / short side after resizing
+    interpolation: Interpolation = "bicubic"
+    mean: tuple[float, ...] = IMAGENET_MEAN  # RGB, of values in 0..1
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        ok = (
+            isinstance(self.image_size, int)
+            and self.image_size >= 32
+            and 0 < self.crop <= 1
+            and self.interpolation in get_args(Interpolation)
+            and len(self.mean) == len(self.std) == 3
+            and all(s > 0 for s in self.std)
+        )
+        if not ok:
+            raise UserError(
+                f"this preprocessing cannot be done: {self}; image_size must be 32 or more, crop in (0, 1]."
+            )
+
+    @property
+    def resize_size(self) -> int:
+        """Short side after resizing, pixels: 256 for 224 and crop 0.875."""
+        return int(self.image_size / self.crop)
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """The record itself."""
+
+    variant: str
+    task: str = "classify"
+    labels: tuple[str, ...] = ()  # in the order of the outputs; empty: the file names none
+    preprocess: Preprocess = Preprocess()
+    num_classes: int = 1000
+    in_channels: int = 3
+    kv_pooling: KvPooling = "sequence"
+    version: str = ""  # of nextvit, when the file was written
+    recipe: str = ""  # SHA-256 of the training recipe; empty: not trained here
+
+    def with_image_size(self, size: int | None) -> "Metadata":
+        """The same record for another input size; None: unchanged."""
+        return self if size is None else replace(self, preprocess=replace(self.preprocess, image_size=size))
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str, source: str) -> "Metadata":
+        """Read a record that came with `source`; raises UserError where it is not one of ours."""
+        try:
+            found: dict[str, Any] = json.loads(text)
+            unknown = found.keys() - {f.name for f in fields(cls)}
+            if unknown:
+                raise ValueError(f"unknown entry {sorted(unknown)[0]!r}")
+            inner = found["preprocess"]
+            preprocess = Preprocess(**{**inner, "mean": tuple(inner["mean"]), "std": tuple(inner["std"])})
+            record = cls(**{**found, "preprocess": preprocess, "labels": tuple(map(str, found["labels"]))})
+            if record.labels and len(record.labels) != record.num_classes:
+                raise ValueError(f"{len(record.labels)} labels for {record.num_classes} classes")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"the metadata in {source} cannot be read ({error}); export or save it again.") from error
+        return record

@@ -1,0 +1,113 @@
+"""Pictures from rows: they measure nothing, and each can be redrawn from the CSV beside it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from nextvit.benchmark import CONFIDENCE, Row
+from nextvit.extras import need
+from nextvit.files import replacing
+
+BLUE, ORANGE, GREY, RED = "#1f5fa8", "#e07b28", "#8a8f98", "#c0392b"
+
+
+def _figure(width: float, height: float) -> Any:
+    """A figure of its own: no global state, no window."""
+    figure = need("matplotlib.figure", extra="plots").Figure(figsize=(width, height), dpi=120, layout="constrained")
+    need("matplotlib.backends.backend_agg", extra="plots").FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, path: Path) -> None:
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, format="png")
+
+
+def curves(history: Sequence[dict[str, float]], path: Path) -> None:
+    """Losses and accuracy by epoch (rows of metrics.csv)."""
+    figure = _figure(9, 3.4)
+    left, right = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in history]
+    left.plot(
+        epochs, [row["train_loss"] for row in history], color=ORANGE, marker="o", ms=3, label="train, smoothed labels"
+    )
+    left.plot(epochs, [row["val_loss"] for row in history], color=BLUE, marker="o", ms=3, label="val")
+    left.set(xlabel="epoch", ylabel="cross entropy (nats)")
+    left.set_ylim(bottom=0)
+    left.legend(frameon=False)
+    right.plot(epochs, [row["val_top1"] for row in history], color=BLUE, marker="o", ms=3)
+    best = max(history, key=lambda row: row["val_top1"])
+    right.annotate(
+        f"best: {best['val_top1']:.1f} %",
+        (best["epoch"], best["val_top1"]),
+        (0, -14),
+        textcoords="offset points",
+        ha="right",
+    )
+    right.set(xlabel="epoch", ylabel="val top-1 (%)")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    _save(figure, path)
+
+
+def confusion(matrix: np.ndarray, labels: Sequence[str], title: str, path: Path) -> None:
+    """A confusion matrix (rows: truth, columns: answers) in percent of each row; figures where they can be read."""
+    shares = 100.0 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    side = float(np.clip(0.55 * len(labels) + 2, 4, 12))
+    figure = _figure(side + 0.8, side)
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    axes.set(title=title, xlabel="answer", ylabel="truth")
+    if len(labels) <= 30:
+        axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
+        axes.set_yticks(range(len(labels)), labels)
+        for (y, x), share in np.ndenumerate(shares):
+            if share >= 0.5:
+                axes.text(
+                    x, y, f"{share:.0f}", ha="center", va="center", color="white" if share > 55 else "black", size=8
+                )
+    figure.colorbar(image, ax=axes, label="% of the class", shrink=0.8)
+    _save(figure, path)
+
+
+def latency(rows: Sequence[Row], path: Path) -> None:
+    """A bar a row: the median, with the middle half of the rounds as a whisker."""
+    figure = _figure(8.5, 0.55 * len(rows) + 1.4)
+    axes = figure.subplots()
+    medians = [row.median_ms for row in rows]
+    whiskers = [[r.median_ms - r.p25_ms for r in rows], [r.p75_ms - r.median_ms for r in rows]]
+    fastest = min(medians)
+    colours = [ORANGE if value == fastest else BLUE for value in medians]
+    axes.barh(range(len(rows)), medians, xerr=whiskers, color=colours, ecolor=GREY, capsize=3, height=0.6)
+    axes.set_yticks(range(len(rows)), [f"{row.setup.runtime}, {row.setup.precision}" for row in rows])
+    axes.invert_yaxis()
+    for index, row in enumerate(rows):
+        error = f" [{row.ratio_low:.2f}, {row.ratio_high:.2f}]" if index else ""
+        text = f"{row.median_ms:.2f} ms   x {row.ratio:.2f}{error}"
+        axes.annotate(text, (row.p75_ms, index), (6, 0), textcoords="offset points", va="center", size=9)
+    first = rows[0]
+    axes.set_xlim(right=max(row.p75_ms for row in rows) * 1.45)
+    axes.set(
+        xlabel=f"ms for a batch of {first.batch} at {first.image_size} px, {first.setup.threads} threads; "
+        f"ratio to the first row with its {CONFIDENCE:.0%} interval"
+    )
+    axes.xaxis.label.set_size(9)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def samples(images: Sequence[Image.Image], captions: Sequence[tuple[str, bool]], path: Path, columns: int = 8) -> None:
+    """Images with a caption each, red where it is wrong: (text, right)."""
+    rows = -(-len(images) // columns)
+    figure = _figure(1.45 * columns, 1.85 * rows)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, image, (text, right) in zip(grid.flat, images, captions, strict=False):
+        axes.imshow(image)
+        axes.set_title(text, size=8, color="black" if right else RED)
+    _save(figure, path)

@@ -1,0 +1,149 @@
+"""Recipes: every value that decides a training run, as one typed record, to and from YAML."""
+
+import difflib
+import hashlib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from nextvit.errors import UserError
+
+strict = dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+@strict
+class Optimizer:
+    """AdamW (paper, 4.1)."""
+
+    lr: Positive = 1e-3  # peak, for the batch size as it is
+    weight_decay: NotNegative = 0.05  # not on biases and norms
+    clip_norm: Positive = 5.0  # of the gradient of all parameters together
+
+
+@strict
+class Schedule:
+    """Linear warm-up, then a cosine, updated every step."""
+
+    epochs: Count = 30
+    warmup_epochs: NotNegative = 3.0
+    min_lr: NotNegative = 1e-5
+
+
+@strict
+class Images:
+    """Size of the input and augmentation in training; evaluation cuts the centre out."""
+
+    size: Annotated[int, Field(ge=32)] = 224  # pixels
+    crop: Annotated[float, Field(gt=0, le=1)] = 0.875  # evaluation: size / short side after resizing
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    crop_area: Annotated[float, Field(gt=0, le=1)] = 0.35  # training: a random crop has at least this share of the area
+    crop_aspect: Annotated[float, Field(ge=1)] = 4 / 3  # and at most this aspect ratio, either way
+    flip: Share = 0.5  # probability of a horizontal flip
+
+
+@strict
+class Recipe:
+    """All of a run. `runs/NAME/recipe.yaml` holds it whole."""
+
+    model: str = "nextvit_nano"
+    batch_size: Count = 16
+    optimizer: Optimizer = Field(default_factory=Optimizer)
+    schedule: Schedule = Field(default_factory=Schedule)
+    images: Images = Field(default_factory=Images)
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    drop_path: Annotated[float, Field(ge=0, lt=1)] | None = None  # None: the variant's own
+    kv_pooling: Literal["sequence", "spatial"] = "sequence"
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(to_dict(self), sort_keys=False)
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.to_yaml().encode()).hexdigest()
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """All values, nested as in the YAML."""
+    values: dict[str, Any] = TypeAdapter(Recipe).dump_python(recipe, mode="json")
+    return values
+
+
+def shipped() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files("nextvit") / "recipes"
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def read_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A shipped recipe by name or a YAML file by path, with `key=value` overrides such as `optimizer.lr=5e-4`.
+
+    A recipe file holds differences from the defaults. Raises UserError for a key that does not exist, with the nearest
+    one that does, and for a value out of range.
+    """
+    if name in shipped():
+        text = (resources.files("nextvit") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    elif name.endswith((".yaml", ".yml")):
+        try:
+            text = Path(name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"cannot read the recipe {name}; give a YAML file or one of {', '.join(shipped())}."
+            ) from error
+    else:
+        raise UserError(f"there is no recipe {name!r}; give a YAML file or one of {', '.join(shipped())}.")
+    return parse_recipe(text, name, overrides)
+
+
+def parse_recipe(text: str, source: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe of YAML text, with overrides; see read_recipe."""
+    try:
+        values: Any = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{source} is not plain YAML: {str(error).splitlines()[0]}.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{source} must be a mapping of keys to values.")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise UserError(f"--set takes key=value, such as optimizer.lr=5e-4, not {override!r}.")
+        *groups, last = key.strip().split(".")
+        inner = values
+        for group in groups:
+            inner = inner.setdefault(group, {})
+            if not isinstance(inner, dict):
+                raise UserError(f"{key} cannot be set: {group} is one value, not a group.")
+        try:
+            inner[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {override} has a value that cannot be read.") from error
+    try:
+        return TypeAdapter(Recipe).validate_python(values)
+    except ValidationError as error:
+        raise UserError(_sentence(error, source)) from error
+
+
+def _sentence(error: ValidationError, source: str) -> str:
+    first = error.errors()[0]
+    key = ".".join(map(str, first["loc"]))
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        near = difflib.get_close_matches(key, _keys(to_dict(Recipe())), n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}?" if near else "`nextvit train --help` tells where the keys are listed."
+        return f"{source}: there is no key {key}; {hint}"
+    return f"{source}: {key} = {first['input']!r} will not do: {first['msg'][0].lower()}{first['msg'][1:]}."
+
+
+def _keys(values: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key, value in values.items():
+        found += _keys(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+    return found

@@ -1,0 +1,116 @@
+"""What a person reads after a run: plots with their CSV beside them, latency tables, and HTML."""
+
+import base64
+import csv
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from nextvit import plots
+from nextvit.benchmark import CONFIDENCE, Row
+from nextvit.describe import table
+from nextvit.evaluate import Evaluation
+from nextvit.files import write_rows, write_text
+
+
+def write_run_plots(run: Path, result: Evaluation) -> None:
+    """plots/: learning curves (their numbers are metrics.csv), and the confusion matrix on `val` with its CSV."""
+    with open(run / "metrics.csv", encoding="utf-8", newline="") as file:
+        history = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    plots.curves(history, run / "plots" / "curves.png")
+    write_confusion(result, run / "plots" / "confusion.png", f"best checkpoint on {result.split.name}")
+
+
+def write_confusion(result: Evaluation, path: Path, title: str) -> None:
+    """The matrix as a picture, and as a CSV of counts beside it: a row a true class."""
+    labels, matrix = result.split.labels, result.metrics.confusion
+    plots.confusion(matrix, labels, f"{title}: top-1 {result.metrics.top1:.1f} %", path)
+    rows = [
+        {"truth": label, **dict(zip(labels, map(int, counts), strict=True))}
+        for label, counts in zip(labels, matrix, strict=True)
+    ]
+    write_rows(path.with_suffix(".csv"), rows)
+
+
+def latency_records(rows: Sequence[Row]) -> list[dict[str, object]]:
+    """Rows of a latency table, every figure with what it was measured on."""
+    return [
+        {
+            "model": row.model,
+            "runtime": row.setup.runtime,
+            "device": row.setup.device,
+            "precision": row.setup.precision,
+            "threads": row.setup.threads,
+            "batch": row.batch,
+            "image_size": row.image_size,
+            "median_ms": round(row.median_ms, 3),
+            "p25_ms": round(row.p25_ms, 3),
+            "p75_ms": round(row.p75_ms, 3),
+            "images_per_s": round(row.images_per_s, 1),
+            "ratio": round(row.ratio, 3),
+            "ratio_low": round(row.ratio_low, 3),
+            "ratio_high": round(row.ratio_high, 3),
+        }
+        for row in rows
+    ]
+
+
+def latency_lines(rows: Sequence[Row]) -> list[str]:
+    """The table for a terminal."""
+    return [
+        *table(latency_records(rows)),
+        f"median and middle half of {rows[0].rounds} interleaved rounds; ratio: time / the first row's in its round, "
+        f"with a {CONFIDENCE:.0%} interval of its median",
+    ]
+
+
+def write_latency(rows: Sequence[Row], path: Path) -> None:
+    """The table as CSV, and as bars beside it."""
+    write_rows(path, latency_records(rows))
+    plots.latency(rows, path.with_suffix(".png"))
+
+
+# ---- HTML ------------------------------------------------------------------------------------------------------------
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1c2430; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.7rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #dde2e8; }
+img { max-width: 100%; } table { border-collapse: collapse; font-size: .85rem; }
+td, th { padding: .25rem .7rem; text-align: left; border-bottom: 1px solid #e6eaef; } th { color: #596473; }
+.scroll { overflow-x: auto; } .big { font-size: 2.2rem; font-weight: 600; color: #1f5fa8; } .note { color: #596473; }
+pre { background: #f3f5f8; padding: .8rem; overflow-x: auto; }
+"""
+
+
+def paragraph(text: str, kind: str = "") -> str:
+    return f'<p class="{html.escape(kind)}">{html.escape(text)}</p>'
+
+
+def heading(text: str) -> str:
+    return f"<h2>{html.escape(text)}</h2>"
+
+
+def picture(path: Path, alt: str) -> str:
+    """A PNG inside the page, so that the page stands alone."""
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
+
+
+def html_table(rows: Sequence[Mapping[str, object]]) -> str:
+    head = "".join(f"<th>{html.escape(key.replace('_', ' '))}</th>" for key in rows[0])
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in row.values()) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def preformatted(text: str) -> str:
+    return f"<pre>{html.escape(text)}</pre>"
+
+
+def write_html(path: Path, title: str, parts: Sequence[str]) -> None:
+    """A page that needs nothing but itself."""
+    page = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>'
+        f"<body><h1>{html.escape(title)}</h1>{''.join(parts)}</body></html>"
+    )
+    write_text(path, page)

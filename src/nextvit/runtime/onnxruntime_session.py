@@ -1,0 +1,54 @@
+"""An ONNX file on ONNX Runtime."""
+
+from pathlib import Path
+
+import numpy as np
+
+from nextvit.devices import cpu_count
+from nextvit.errors import UserError
+from nextvit.extras import need
+from nextvit.files import check_seal
+from nextvit.metadata import Metadata
+from nextvit.runtime.session import Setup
+
+METADATA_KEY = "nextvit"
+
+
+class OnnxRuntimeSession:
+    """Runs on ONNX Runtime's CPU provider, in fp32."""
+
+    def __init__(self, path: Path, *, device: str, threads: int | None, precision: str | None):
+        ort = need("onnxruntime", extra="onnx")
+        onnx = need("onnx", extra="onnx")
+        if device not in ("auto", "cpu"):
+            raise UserError(f"ONNX files run on the CPU here, not on {device!r}; leave --device out.")
+        if precision not in (None, "fp32"):
+            raise UserError(f"ONNX Runtime computes this file in fp32, not in {precision}; leave --precision out.")
+        sealed = check_seal(path)
+        content = path.read_bytes()
+        try:
+            model = onnx.load_model_from_string(content)
+            notes = {entry.key: entry.value for entry in model.metadata_props}
+            outside = any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer)
+        except Exception as error:  # protobuf and onnx raise many kinds on a damaged file
+            raise UserError(f"{path} is no ONNX file, or is damaged; export it again.") from error
+        if METADATA_KEY not in notes or not sealed:
+            raise UserError(
+                f"{path} has no nextvit metadata, so its preprocessing is unknown; make it with `nextvit export`."
+            )
+        if outside:
+            raise UserError(f"{path} keeps tensors in other files, which nextvit never writes; export it again.")
+        self.metadata = Metadata.from_json(notes[METADATA_KEY], str(path))
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or cpu_count()
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        try:
+            self._session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # the runtime's own exception types are not public
+            raise UserError(f"{path} cannot be opened by ONNX Runtime {ort.__version__}; export it again.") from error
+        self._input = self._session.get_inputs()[0].name
+        self.setup = Setup(f"onnxruntime {ort.__version__}", "cpu", "fp32", options.intra_op_num_threads)
+
+    def __call__(self, batch: np.ndarray) -> np.ndarray:
+        return self._session.run(None, {self._input: batch})[0]

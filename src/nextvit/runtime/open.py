@@ -1,0 +1,51 @@
+"""From any MODEL to a session: a variant's name, a weight file, a checkpoint, or an exported file."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from nextvit.backbone import NextViT
+from nextvit.create import create_model, list_models, open_checkpoint
+from nextvit.errors import UserError
+from nextvit.formats import format_of
+from nextvit.runtime.onnxruntime_session import OnnxRuntimeSession
+from nextvit.runtime.openvino_session import OpenVINOSession
+from nextvit.runtime.session import Session
+from nextvit.runtime.torch_session import TorchSession
+
+EXPORTED: dict[str, Callable[..., Session]] = {"onnx": OnnxRuntimeSession, "openvino": OpenVINOSession}
+
+
+def open_model(model: str | Path, weights: str | None = None) -> NextViT:
+    """The network of a variant's name (with `weights`, or random ones) or of a weight file."""
+    if str(model) in list_models():
+        return create_model(str(model), weights=weights)
+    if weights is not None:
+        raise UserError(f"--weights goes with a variant's name ({', '.join(list_models())}), not with {model}.")
+    path = Path(model)
+    if format_of(path) is not None:
+        raise UserError(f"{path} is an exported file; this needs a variant's name or a weight file.")
+    if not path.exists():
+        names = ", ".join(list_models())
+        raise UserError(f"there is no file {model}, and no variant of that name; the variants are {names}.")
+    return open_checkpoint(path)
+
+
+def open_session(
+    model: str | Path,
+    *,
+    weights: str | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    precision: str | None = None,
+) -> Session:
+    """Open any MODEL on the runtime that its kind asks for: exported files on their own, weights on torch, folded.
+
+    precision: None is fp32; another only where the device computes in it.
+    """
+    path = Path(model)
+    fmt = format_of(path)
+    if fmt is None:
+        return TorchSession(open_model(model, weights), device=device, threads=threads, precision=precision)
+    if not path.is_file():
+        raise UserError(f"there is no file {path}; `nextvit export` makes one.")
+    return EXPORTED[fmt.name](path, device=device, threads=threads, precision=precision)

@@ -1,0 +1,61 @@
+"""From images to typed results, on whatever runtime the model is."""
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from nextvit.data.images import ImageSource, preprocess, read_image
+from nextvit.errors import UserError
+from nextvit.runtime.open import open_session
+from nextvit.runtime.session import Session
+from nextvit.tasks import classify
+from nextvit.tasks.classify import Classification
+
+
+class Predictor:
+    """A model that takes images as they are; its file says how they are prepared and what its outputs mean."""
+
+    def __init__(self, session: Session):
+        self.session = session
+        self.metadata = session.metadata
+
+    @property
+    def task(self) -> str:
+        """ "classify"."""
+        return self.metadata.task
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the classes, in the order of the outputs; their numbers where the file has no names."""
+        return list(self.metadata.labels) or [str(index) for index in range(self.metadata.num_classes)]
+
+    def run(self, batch: np.ndarray) -> np.ndarray:
+        """float32 (B, 3, H, W), already normalised -> the raw outputs: (B, classes) logits."""
+        channels = self.metadata.in_channels
+        if batch.ndim != 4 or batch.shape[1] != channels or batch.dtype != np.float32:
+            raise UserError(f"a batch must be float32 of shape (B, {channels}, H, W), not {batch.dtype} {batch.shape}.")
+        return self.session(batch)
+
+    def prepare(self, image: ImageSource) -> np.ndarray:
+        """Decode and preprocess one image -> float32 (3, image_size, image_size). Raises ImageRejected."""
+        return preprocess(read_image(image), self.metadata.preprocess)
+
+    def predict(self, images: Sequence[ImageSource]) -> list[Classification]:
+        """One result an image. images: paths, PIL images or uint8 arrays (H, W, 3), any mix. Raises ImageRejected."""
+        if isinstance(images, str | bytes) or not isinstance(images, Sequence):
+            raise UserError("predict takes a list of images; put a single one into a list.")
+        if not images:
+            return []
+        return classify.decode(self.run(np.stack([self.prepare(image) for image in images])), self.labels)
+
+
+def load(
+    path: str | os.PathLike[str], *, device: str = "auto", threads: int | None = None, precision: str | None = None
+) -> Predictor:
+    """Open any checkpoint or exported file as a predictor.
+
+    device: "auto", "cpu", "cuda", ... threads: of the CPU runtime; None: its own choice. precision: "fp32" (also None),
+    "bf16" or "fp16", where the device computes in it. Raises UserError for a file that is missing or damaged.
+    """
+    return Predictor(open_session(os.fspath(path), device=device, threads=threads, precision=precision))

@@ -1,0 +1,36 @@
+"""A model on torch, eager or folded."""
+
+import numpy as np
+import torch
+
+from nextvit.backbone import NextViT
+from nextvit.devices import DTYPES, pick_device, pick_precision, set_threads
+from nextvit.folding import fold
+from nextvit.runtime.session import Setup
+
+
+class TorchSession:
+    """`folded`: with every BatchNorm merged, as it is exported; else as it was trained."""
+
+    def __init__(self, model: NextViT, *, device: str, threads: int | None, precision: str | None, folded: bool = True):
+        place = pick_device(device)
+        chosen = pick_precision(precision or "fp32", place)
+        self.metadata = model.metadata
+        self.setup = Setup(
+            f"torch {torch.__version__.partition('+')[0]}{', folded' if folded else ''}",
+            str(place),
+            chosen,
+            set_threads(threads),
+        )
+        self._dtype = DTYPES[chosen]
+        ready = fold(model) if folded else model.eval()
+        self._model = ready.to(place)
+        self._place = place
+
+    def __call__(self, batch: np.ndarray) -> np.ndarray:
+        with (
+            torch.inference_mode(),
+            torch.autocast(self._place.type, self._dtype, enabled=self._dtype != torch.float32),
+        ):
+            images = torch.from_numpy(batch).to(self._place, memory_format=torch.channels_last)
+            return self._model(images).float().cpu().numpy()

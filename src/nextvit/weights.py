@@ -1,0 +1,296 @@
+"""Weight files: read safely, told apart by their keys, mapped by name, and loaded whole or not at all."""
+
+import argparse
+import json
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from nextvit.errors import UserError
+from nextvit.files import OPEN_SEAL, check_seal, close_seal, replacing
+from nextvit.metadata import Metadata, Preprocess
+from nextvit.spec import Variant
+
+HEAD = "head.fc"
+FIRST_FILTER = "stem.0.conv.weight"
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """What a weight file holds: tensors by name, and the metadata and training state of the files that have them."""
+
+    source: str
+    tensors: dict[str, Tensor]
+    metadata: Metadata | None = None
+    state: dict[str, Any] | None = None  # training state of a checkpoint, its tensors under "optimizer." and the like
+
+
+class WeightsDoNotFit(UserError):
+    """Names all tensors that are missing, unexpected, or of another shape."""
+
+    def __init__(self, source: str, target: str, missing: list[str], unexpected: list[str], misshapen: list[str]):
+        self.missing, self.unexpected, self.misshapen = missing, unexpected, misshapen
+        parts = [
+            f"{len(names)} {kind} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
+            for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
+            if names
+        ]
+        super().__init__(
+            f"{source} does not fit {target}: tensors {'; '.join(parts)}; `nextvit info` shows a file's own."
+        )
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_weights(path: str | Path) -> WeightFile:
+    """Read a weight file of any kind that we know by its content, never by its name, and never run what is in it.
+
+    Official `.pth` (bare or under "model"), timm `.pth` and `.safetensors`, our own `.safetensors` and `.ckpt`.
+    Raises UserError for a file that is missing, empty, damaged, or holds more than tensors.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+        size = path.stat().st_size
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check the path of the weights.") from error
+    if size == 0:
+        raise UserError(f"{path} is empty; copy or download it again.")
+    header = int.from_bytes(start[:8], "little")
+    if len(start) == 9 and header <= size and start[8:9] == b"{":
+        return _read_safetensors(path)
+    return WeightFile(str(path), _state_dict(_read_pickle(path, zipped=start.startswith(b"PK")), path))
+
+
+def _read_safetensors(path: Path) -> WeightFile:
+    sealed = check_seal(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            notes = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - a handle, not a dict
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged or cut short; copy or download it again.") from error
+    if "nextvit" not in notes:
+        return WeightFile(str(path), _state_dict(tensors, path))
+    if not sealed:
+        raise UserError(f"{path} is damaged: its SHA-256 is gone; copy or make it again.")
+    metadata = Metadata.from_json(notes["nextvit"], str(path))
+    state = json.loads(notes["state"]) if "state" in notes else None
+    return WeightFile(str(path), tensors, metadata, state)
+
+
+def _read_pickle(path: Path, *, zipped: bool) -> Any:
+    """torch.load, weights only. Official files hold their command line as a Namespace: allowed, and ignored."""
+    try:
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                broken = archive.testzip()  # torch does not check the sums itself
+                if broken is not None:
+                    raise zipfile.BadZipFile(broken)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if wanted:
+            raise UserError(
+                f"{path} was refused and nothing in it was run: it asks for `{wanted[1]}`, which is more than tensors; "
+                "in a sandbox, load it with its own software and save only its state dict with safetensors."
+            ) from error
+        raise UserError(f"{path} is no weight file, or is damaged; copy or download it again.") from error
+    except Exception as error:  # a crafted or torn file can make the unpickler raise anything
+        raise UserError(f"{path} is no weight file, or is damaged; copy or download it again.") from error
+
+
+def _state_dict(found: Any, path: Path) -> dict[str, Tensor]:
+    inner = found.get("model") if isinstance(found, Mapping) else None
+    state = inner if isinstance(inner, Mapping) else found
+    fits = isinstance(state, Mapping) and state and all(isinstance(k, str) for k in state)
+    if not fits or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"{path} holds no weights: neither a state dict nor one under `model`.")
+    return dict(state)
+
+
+# ---- origins: one table of renames each ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How one origin names what we name as timm does."""
+
+    name: str
+    mark: str  # a beginning that some key has in this layout and in no other
+    renames: tuple[tuple[str, str | Callable[[re.Match[str], Variant], str]], ...]
+
+
+def _stage_and_block(match: re.Match[str], variant: Variant) -> str:
+    """The released code numbers the blocks through all stages."""
+    block = int(match[1])
+    for stage, depth in enumerate(variant.depths):
+        if block < depth:
+            return f"stages.{stage}.blocks.{block}."
+        block -= depth
+    return match[0]  # no such block in this variant: stays as it is, and is reported as unexpected
+
+
+ORIGINS = (
+    Origin(
+        "official",
+        "features.",
+        (
+            (r"^features\.(\d+)\.", _stage_and_block),
+            (r"\.mlp\.conv([12])\.", r".mlp.fc\1."),
+            (r"^proj_head\.0\.", f"{HEAD}."),
+        ),
+    ),
+    Origin("timm", "stages.", ()),
+)
+
+
+def rename(tensors: Mapping[str, Tensor], variant: Variant, source: str) -> dict[str, Tensor]:
+    """Map the names of a file to ours, by its origin's table; every entry is kept."""
+    origin = next((o for o in ORIGINS if any(key.startswith(o.mark) for key in tensors)), None)
+    if origin is None:
+        names = ", ".join(o.name for o in ORIGINS)
+        first = next(iter(tensors))
+        raise UserError(f"{source} is no Next-ViT in a layout that is known ({names}); its first tensor is {first!r}.")
+    renamed = {}
+    for key, tensor in tensors.items():
+        for pattern, target in origin.renames:
+            key = re.sub(pattern, target if isinstance(target, str) else lambda m, t=target: t(m, variant), key)
+        renamed[key] = tensor
+    return renamed
+
+
+# ---- published weights -----------------------------------------------------------------------------------------------
+
+TAGS = {
+    "in1k": "bd_in1k",
+    "in1k_384": "bd_in1k_384",
+    "in1k_6m": "bd_ssld_6m_in1k",
+    "in1k_6m_384": "bd_ssld_6m_in1k_384",
+}
+PUBLISHED = ("nextvit_small", "nextvit_base", "nextvit_large")
+
+
+def resolve(name: str, weights: str | Path) -> tuple[Path, Preprocess | None]:
+    """The file behind `weights`: a path, a published tag or hub id (downloaded once); its preprocessing, if told."""
+    text = str(weights)
+    if text.startswith("hf-hub:"):
+        return _download(text.removeprefix("hf-hub:"))
+    if text not in TAGS:
+        if isinstance(weights, str) and not Path(text).exists() and "/" not in text and "." not in text:
+            raise UserError(f"{text!r} is neither a file nor a published tag; the tags are {', '.join(TAGS)}.")
+        return Path(text), None
+    if name not in PUBLISHED:
+        raise UserError(f"{name} has no published weights; train it, or take one of {', '.join(PUBLISHED)}.")
+    return _download(f"timm/{name}.{TAGS[text]}")
+
+
+def _download(repository: str) -> tuple[Path, Preprocess]:
+    """Fetch model.safetensors and config.json from the hub or its cache; fails fast without a network."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def fetch(file: str, *, offline: bool) -> Path:
+        return Path(huggingface_hub.hf_hub_download(repository, file, local_files_only=offline))
+
+    try:
+        try:
+            paths = [fetch(file, offline=True) for file in ("model.safetensors", "config.json")]
+        except LocalEntryNotFoundError:
+            # The hub client retries for up to a minute; one short question first tells whether anybody answers.
+            huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=4)
+            paths = [fetch(file, offline=False) for file in ("model.safetensors", "config.json")]
+        config = json.loads(paths[1].read_text())
+    except Exception as error:  # the client's errors come from several libraries; each means: not to be had
+        raise UserError(
+            f"cannot get {repository} from the hub ({type(error).__name__}); check the name and the network, or "
+            "download the file elsewhere and give its path as the weights."
+        ) from error
+    given = config.get("pretrained_cfg", config)
+    preprocess = Preprocess(
+        image_size=int(given["input_size"][-1]),
+        crop=float(given["crop_pct"]),
+        interpolation=given["interpolation"],
+        mean=tuple(given["mean"]),
+        std=tuple(given["std"]),
+    )
+    return paths[0], preprocess
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------------
+
+
+def load_into(model: nn.Module, found: Mapping[str, Tensor], source: str, target: str) -> None:
+    """Load every tensor into its place, or none: names and shapes must agree one to one, all values must be finite."""
+    wanted = model.state_dict()
+    missing = sorted(wanted.keys() - found.keys())
+    unexpected = sorted(found.keys() - wanted.keys())
+    misshapen = sorted(key for key in wanted.keys() & found.keys() if wanted[key].shape != found[key].shape)
+    if missing or unexpected or misshapen:
+        raise WeightsDoNotFit(source, target, missing, unexpected, misshapen)
+    for key, tensor in found.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(f"{source} holds numbers that are not finite in {key}; it is of no use.")
+    model.load_state_dict(dict(found))
+
+
+def adapt_head(found: dict[str, Tensor], model: nn.Module, source: str) -> None:
+    """Another class count: the new layer of the model stays, and a warning says so."""
+    own = {key: tensor for key, tensor in model.state_dict().items() if key.startswith(HEAD)}
+    theirs = found.get(f"{HEAD}.weight")
+    if own and theirs is not None and len(theirs) != len(own[f"{HEAD}.weight"]):
+        warnings.warn(
+            f"{source} has {len(theirs)} classes, {len(own[f'{HEAD}.weight'])} were asked for: the last layer is new.",
+            stacklevel=3,
+        )
+        found.update(own)
+
+
+def adapt_first_filter(found: dict[str, Tensor], in_channels: int, source: str) -> None:
+    """Other input channels: the colours of the first filter are repeated and scaled, so that grey in is grey out."""
+    weight = found.get(FIRST_FILTER)
+    if weight is not None and weight.ndim == 4 and weight.shape[1] != in_channels:
+        theirs = weight.shape[1]
+        warnings.warn(
+            f"{source} takes {theirs} input channels and {in_channels} were asked for: the first filter was adapted.",
+            stacklevel=3,
+        )
+        repeats = -(-in_channels // theirs)
+        if in_channels == 1:
+            found[FIRST_FILTER] = weight.sum(1, keepdim=True)
+        else:
+            found[FIRST_FILTER] = weight.repeat(1, repeats, 1, 1)[:, :in_channels] * (theirs / in_channels)
+
+
+def model_tensors(file: WeightFile) -> dict[str, Tensor]:
+    """The network's tensors; in a training checkpoint they lie beside those of the optimiser."""
+    if file.state is None:
+        return file.tensors
+    return {key.removeprefix("model."): value for key, value in file.tensors.items() if key.startswith("model.")}
+
+
+def save_weights(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Metadata, state: Mapping[str, Any] | None = None
+) -> None:
+    """Write a sealed safetensors file with its metadata, whole or not at all; `state` makes it a checkpoint."""
+    from nextvit import __version__
+
+    notes = {"format": "pt", "nextvit": replace(metadata, version=__version__).to_json(), "sha256": OPEN_SEAL}
+    if state is not None:
+        notes["state"] = json.dumps(state)
+    with replacing(path) as unfinished:
+        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, unfinished, notes)
+        close_seal(unfinished)
