@@ -59,6 +59,18 @@ class ConvNormAct(nn.Module):
         return self.act(self.norm(self.conv(x)))
 
 
+class HalvingPool(nn.Module):
+    """Average of 2 x 2 windows, smaller ones at an odd border. (B, C, H, W) -> (B, C, ceil(H / 2), ceil(W / 2)).
+
+    The same as AvgPool2d(2, ceil_mode=True, count_include_pad=False): a border value repeated once leaves the average of
+    its window as it was. Written so, the output size has one formula for odd and even sides, and torch.export can prove
+    it for free sizes.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(F.pad(x, (0, 1, 0, 1), mode="replicate"), 2)
+
+
 class PatchEmbed(nn.Module):
     """Halve the map and change its channels, each only where asked: with stride 1 and equal channels, the identity.
 
@@ -68,7 +80,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, c_in: int, c_out: int, stride: int, norm: str):
         super().__init__()
         moved = stride > 1 or c_in != c_out
-        self.pool = nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False) if stride > 1 else nn.Identity()
+        self.pool = HalvingPool() if stride == 2 else nn.Identity()
         self.conv = nn.Conv2d(c_in, c_out, 1, bias=False) if moved else nn.Identity()
         self.norm = NORMS[norm](c_out) if moved else nn.Identity()
 
@@ -137,18 +149,24 @@ class SequencePool(nn.Module):
         self.pool = nn.AvgPool1d(reduction * reduction)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.pool(x.flatten(2))
+        return self.pool(x.flatten(2).contiguous())
 
 
 class SpatialPool(nn.Module):
-    """Average of sr x sr windows, smaller ones at the border. (B, C, H, W) -> (B, C, ceil(H / sr) * ceil(W / sr))."""
+    """Average of sr x sr windows, smaller ones at the border. (B, C, H, W) -> (B, C, ceil(H / sr) * ceil(W / sr)).
+
+    The same as AvgPool2d(sr, ceil_mode=True, count_include_pad=False), with sums and counts apart for the reason that
+    HalvingPool gives.
+    """
 
     def __init__(self, reduction: int):
         super().__init__()
-        self.pool = nn.AvgPool2d(reduction, ceil_mode=True, count_include_pad=False)
+        self.reduction = reduction
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.pool(x).flatten(2)
+        more = self.reduction - 1
+        shares = F.avg_pool2d(F.pad(x.new_ones(1, 1, *x.shape[2:]), (0, more, 0, more)), self.reduction)
+        return (F.avg_pool2d(F.pad(x, (0, more, 0, more)), self.reduction) / shares).flatten(2).contiguous()
 
 
 KV_POOLS: dict[KvPooling, Callable[[int], nn.Module]] = {"sequence": SequencePool, "spatial": SpatialPool}
@@ -267,7 +285,8 @@ class NextViT(nn.Module):
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         if min(x.shape[2:]) < SMALLEST_SIDE:
             raise UserError(f"an image of {x.shape[2]} x {x.shape[3]} pixels is too small; both sides need 32 or more.")
-        x = self.stem(x)
+        # Convolutions on the CPU, and half-precision ones on GPUs, are fastest with channels last.
+        x = self.stem(x.contiguous(memory_format=torch.channels_last))
         maps = []
         for stage in self.stages:
             x = stage(x)

@@ -98,9 +98,7 @@ def create_model(
     elif found is not None and file.metadata is None:
         metadata = replace(metadata, labels=imagenet_labels())
     model.metadata = replace(metadata, num_classes=num_classes, in_channels=in_channels)
-    # Convolutions on the CPU, and half-precision ones on GPUs, are fastest with channels last; weights laid out so make
-    # torch choose it for any input (benchmarks/eager_vs_timm.py).
-    return model.to(memory_format=torch.channels_last)
+    return model.to(memory_format=torch.channels_last)  # as the forward pass wants its filters
 
 
 def open_checkpoint(path: str | Path) -> NextViT:

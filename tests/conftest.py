@@ -1,0 +1,87 @@
+"""Shared by the tests: networks whose outputs depend on their input, and small folders of real images."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nextvit.data.demo_images import garments
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Derived files of the tests stay out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NEXTVIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub")))
+        yield
+
+
+def uniform(key: int, count: int) -> np.ndarray:
+    """The generator of the check values: a hash of key and index in 32-bit arithmetic -> float64 in [-0.5, 0.5)."""
+    mask = np.uint64(0xFFFFFFFF)
+    h = (np.arange(count, dtype=np.uint64) * np.uint64(2654435761) + np.uint64(key * 97)) & mask
+    h ^= h >> np.uint64(16)
+    h = (h * np.uint64(2246822519)) & mask
+    h ^= h >> np.uint64(13)
+    h = (h * np.uint64(3266489917)) & mask
+    h ^= h >> np.uint64(16)
+    return h.astype(np.float64) / 2**32 - 0.5
+
+
+def fill(model: torch.nn.Module, first_key: int = 0) -> torch.nn.Module:
+    """Give every entry of the state dict a value that depends on its place alone; the outputs then vary with the input.
+
+    Fresh weights would not do: their outputs hardly depend on the image, and every comparison of them would pass.
+    """
+    for key, (name, entry) in enumerate(model.state_dict().items(), first_key):
+        if name.endswith("num_batches_tracked"):
+            continue
+        u = uniform(key, entry.numel()).reshape(entry.shape)
+        if name.endswith("running_mean"):
+            value = 0.2 * u
+        elif name.endswith("running_var"):
+            value = 1 + u
+        elif name.endswith("bias"):
+            value = 0.2 * u
+        elif entry.ndim == 1:
+            value = 1 + 0.5 * u
+        else:
+            value = 0.7 * np.sqrt(12) * u / np.sqrt(entry[0].numel())
+        entry.copy_(torch.from_numpy(value).float())
+    return model.eval()
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference, relative to how much the expected outputs vary over the batch and the classes."""
+    return float((found - expected).abs().max() / expected.std())
+
+
+@pytest.fixture(scope="session")
+def garment_folder(tmp_path_factory) -> Path:
+    """A single folder of 3 classes with 20 images each, as a user might have it."""
+    folder = tmp_path_factory.mktemp("own") / "clothes"
+    for label in ("bag", "sandal", "trouser"):
+        (folder / label).mkdir(parents=True)
+        for index, tile in enumerate(garments("train")[label][:20]):
+            tile.resize((40, 36)).convert("RGB").save(folder / label / f"{index:02}.jpg")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(garment_folder, tmp_path_factory) -> Path:
+    """The run folder of a short training on those images."""
+    run = tmp_path_factory.mktemp("runs") / "short"
+    done = nextvit("train", garment_folder, "--epochs", 2, "--image-size", 32, "--output", run)
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+def nextvit(*arguments: object, **kwargs) -> subprocess.CompletedProcess:
+    """Run the command line in a process of its own."""
+    command = [sys.executable, "-m", "nextvit", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
