@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from nextvit.data.demo_images import garments
 
 REPOSITORY = Path(__file__).parents[1]

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+
+import nextvit
 from nextvit.backbone import NextViT
 from nextvit.cost import cost
 from nextvit.errors import UserError
 from nextvit.spec import VARIANTS, Stage, Variant, plan
-
-import nextvit
 from tests.conftest import fill, relative_error, uniform
 
 PUBLISHED = ("nextvit_small", "nextvit_base", "nextvit_large")
@@ -29,7 +29,13 @@ def test_the_generator_of_the_check_values_is_the_reference_one():
     ("name", "first", "mean", "std", "argmax"),
     [
         ("nextvit_small", (-0.86813908, -0.66120476, 0.54627364, 0.35267326, 0.36552905), -0.01038847, 0.66543935, 69),
-        ("nextvit_base", (0.71651409, -0.83145678, -1.32366177, -0.63403964, -1.23442523), -0.00108579, 1.27738050, 650),
+        (
+            "nextvit_base",
+            (0.71651409, -0.83145678, -1.32366177, -0.63403964, -1.23442523),
+            -0.00108579,
+            1.27738050,
+            650,
+        ),
         ("nextvit_large", (0.23628742, 2.23483148, 3.05150131, -0.72605157, 1.74119659), -0.06160893, 2.26277470, 704),
     ],
 )
@@ -56,9 +62,7 @@ def test_raw_stage_maps_are_the_reference_ones_at_an_odd_size():
         ((512, 13, 11), 0.00187755, 0.62634883, -0.21837677),
         ((1024, 7, 6), 0.00445965, 0.69810773, 1.53136750),
     ]
-    found = [
-        (m.shape[1:], round(m.mean(), 8), round(np.abs(m).mean(), 8), round(m[0, 0, 0, 0], 8)) for m in maps
-    ]
+    found = [(m.shape[1:], round(m.mean(), 8), round(np.abs(m).mean(), 8), round(m[0, 0, 0, 0], 8)) for m in maps]
     assert found == expected
 
 

@@ -91,7 +91,9 @@ def train(
     device: Device = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
     threads: Threads = None,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that load images; 0: none of their own.")] = 0,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that load images; 0: none of their own.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images a step.")] = None,
     image_size: ImageSize = None,
     seed: Seed = None,

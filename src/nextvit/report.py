@@ -57,10 +57,24 @@ def latency_records(rows: Sequence[Row]) -> list[dict[str, object]]:
 
 def latency_lines(rows: Sequence[Row]) -> list[str]:
     """The table for a terminal."""
+    first = rows[0]
+    shown = [
+        {
+            "model": row.model,
+            "runtime": f"{row.setup.runtime}, {row.setup.device}",
+            "precision": row.setup.precision,
+            "threads": row.setup.threads,
+            "ms": f"{row.median_ms:.2f} ({row.p25_ms:.2f} to {row.p75_ms:.2f})",
+            "images/s": f"{row.images_per_s:.1f}",
+            "ratio": f"{row.ratio:.3f} ({row.ratio_low:.3f} to {row.ratio_high:.3f})" if row is not first else "1",
+        }
+        for row in rows
+    ]
     return [
-        *table(latency_records(rows)),
-        f"median and middle half of {rows[0].rounds} interleaved rounds; ratio: time / the first row's in its round, "
-        f"with a {CONFIDENCE:.0%} interval of its median",
+        *table(shown),
+        f"batch {first.batch}, {first.image_size} x {first.image_size} pixels; ms: median and middle half of {first.rounds} "
+        "interleaved rounds;",
+        f"ratio: time / the first row's in the same round, with a {CONFIDENCE:.0%} interval of its median",
     ]
 
 

@@ -67,27 +67,30 @@ def train(
     device: str = "auto",
     precision: str = "auto",
     threads: int | None = None,
-    workers: int = 0,
+    workers: int | None = None,
     deterministic: bool = False,
 ) -> Evaluation:
     """Train a classifier on the folder `data` and keep everything in the folder `run`.
 
     weights: a file, a published tag, "none", or None: published weights where the variant has them, else from scratch.
     resume: go on from the newest whole checkpoint in `run`, with the recipe that it was started with.
+    workers: processes that load images; None: one beside a CPU that trains, up to eight for a GPU.
 
     Returns the evaluation of the best epoch on `val`. Raises UserError for data or arguments that do not fit, Diverged
     when a loss is not finite (the last checkpoint is kept), Interrupted after a signal, once the state is saved.
     """
     place = pick_device(device)
+    if workers is None:
+        workers = min(8, cpu_count()) if place.type == "cuda" else 1
     chosen = pick_precision(precision, place)
     set_threads(threads)
     saved = _newest_checkpoint(run) if resume else None
     training = read_split(data, "train")
-    validation = read_split(data, "val", training.labels)
     if len(training.labels) < 2:
         raise UserError(f"{data} has one class only ({training.labels[0]}); a classifier needs two or more.")
     if len(training) < 2:
         raise UserError(f"{data} has one training image only; a network with BatchNorm needs two or more.")
+    validation = read_split(data, "val", training.labels)
     for note in training.notes + validation.notes:
         say(f"note: {note}.")
 
@@ -104,7 +107,7 @@ def train(
     rejected: dict[str, str] = {}  # file -> why
     first_epoch = first_step = 0
     seen, loss_sum, loss_count = 0, 0.0, 0
-    best_top1 = -1.0
+    best = (-1.0, 0.0)
     if saved is not None and saved.state is not None:
         state = saved.state
         _check_same_data(state, training, run)
@@ -113,7 +116,7 @@ def train(
         rejected = state["rejected"]
         first_epoch, first_step = state["epoch"], state["step"]
         seen, loss_sum, loss_count = state["seen"], state["loss_sum"], state["loss_count"]
-        best_top1 = max((row.val_top1 for row in history), default=-1.0)
+        best = max((_merit(row) for row in history), default=best)
         say(f"resuming {run}: {first_epoch} of {recipe.schedule.epochs} epochs done, at step {first_step}.")
 
     write_text(run / "recipe.yaml", recipe.to_yaml())
@@ -195,8 +198,8 @@ def train(
             first_step, loss_sum, loss_count = 0, 0.0, 0
             write_rows(run / "metrics.csv", [asdict(r) for r in history])
             save(LAST, epoch + 1, 0)
-            if m.top1 > best_top1:
-                best_top1 = m.top1
+            if _merit(row) > best:
+                best = _merit(row)
                 save(BEST, epoch + 1, 0)
                 save_weights(run / "model.safetensors", model.state_dict(), _trained(model, recipe))
             say(f"{label}: train loss {row.train_loss:.3f}, val loss {m.loss:.3f}, val top-1 {m.top1:.1f} %")
@@ -210,6 +213,11 @@ def train(
         recipe.model, weights=run / "model.safetensors", kv_pooling=recipe.kv_pooling, in_channels=3
     ).to(place)
     return validate(best, validation, place, batch_size)
+
+
+def _merit(row: Epoch) -> tuple[float, float]:
+    """The best epoch has the highest top-1 on `val`, and of equal ones the lowest loss."""
+    return row.val_top1, -row.val_loss
 
 
 def learning_rate(epoch: float, recipe: Recipe) -> float:
@@ -336,11 +344,15 @@ def load_training_state(
     saved: WeightFile, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, place: torch.device
 ) -> None:
     """Put the optimiser, the loss scale and the generators back as they were."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     moments: dict[int, dict[str, Tensor]] = {}
     for key, tensor in saved.tensors.items():
-        group, _, rest = key.partition(".")
-        if group == "optimizer":
+        kind, _, rest = key.partition(".")
+        if kind == "optimizer":
             index, _, name = rest.partition(".")
+            parameter = parameters[int(index)]
+            if tensor.shape == parameter.shape:  # the fused optimiser walks both in memory order: it must be the same
+                tensor = torch.empty_like(parameter, requires_grad=False).copy_(tensor)
             moments.setdefault(int(index), {})[name] = tensor
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     scaler.load_state_dict((saved.state or {})["scaler"])

@@ -99,7 +99,8 @@ def _read_pickle(path: Path, *, zipped: bool) -> Any:
                 broken = archive.testzip()  # torch does not check the sums itself
                 if broken is not None:
                     raise zipfile.BadZipFile(broken)
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))

@@ -39,7 +39,8 @@ def data_root(data: str | Path) -> Path:
 def read_split(data: str | Path, name: str, labels: Sequence[str] | None = None) -> Split:
     """Read a split of `data`: a folder with `train/`, `val/` and perhaps `test/`, or a single folder of class folders.
 
-    A single folder is split the same way each time: every fifth image of each class is `val`, and there is no `test`.
+    A single folder is split the same way each time: every fifth image of each class is `val` (of fewer, the
+    last one), and there is no `test`.
     labels: the classes of a model. Images are matched to them by name; a folder that is none of them is an error. None:
     the classes are the folders, sorted.
     """
@@ -64,14 +65,15 @@ def read_split(data: str | Path, name: str, labels: Sequence[str] | None = None)
     for label in found:
         own = image_files(folder / label)
         if not parts:
-            held_out = np.arange(len(own)) % HELD_OUT == HELD_OUT - 1
+            step = min(HELD_OUT, max(len(own), 2))  # of a class with few images, the last one
+            held_out = np.arange(len(own)) % step == step - 1
             own = [path for path, out in zip(own, held_out, strict=True) if out == (name == "val")]
         if not own:
             notes.append(f"class {label!r} has no images in {name}")
         files += own
         targets += [classes.index(label)] * len(own)
     if not files:
-        raise UserError(f"{folder} has no images; put the images of each class into its folder.")
+        raise UserError(f"{folder} has no images for {name}; put the images of each class into its folder.")
     return Split(name, classes, tuple(files), tuple(targets), tuple(notes))
 
 

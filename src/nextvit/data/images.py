@@ -36,7 +36,7 @@ def read_image(source: ImageSource) -> Image.Image:
             raise ImageRejected(f"an array image must be uint8 of shape (H, W, 3), not {source.dtype} {source.shape}.")
         return Image.fromarray(source)
     if isinstance(source, Image.Image):
-        return _upright_rgb(source)
+        return _upright_rgb(source, "the image")
     name = printable(source)
     try:
         if not stat.S_ISREG(os.stat(source).st_mode):
@@ -50,7 +50,7 @@ def read_image(source: ImageSource) -> Image.Image:
                         f"{name} has {width} x {height} pixels; the limit is {MAX_PIXELS // 10**6} million and "
                         f"{MAX_SIDE} a side."
                     )
-                return _upright_rgb(image)
+                return _upright_rgb(image, name)
     except ImageRejected:
         raise
     except OSError as error:
@@ -62,7 +62,7 @@ def read_image(source: ImageSource) -> Image.Image:
         raise ImageRejected(f"{name} cannot be read: it is damaged or not of {', '.join(FORMATS)}.") from error
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
+def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
     image.load()
     try:
         image = ImageOps.exif_transpose(image)
@@ -72,7 +72,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
         levels = np.asarray(image).astype(np.int64)
         image = Image.fromarray(((np.clip(levels, 0, 65535) + 128) // 257).astype(np.uint8))
     if image.mode == "F":
-        raise ImageRejected("an image of floating-point values has no agreed range; save it with 8 or 16 bits.")
+        raise ImageRejected(f"{name} holds floating-point values, whose range is not known; save it with 8 or 16 bits.")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -87,6 +87,7 @@ def batches(
         num_workers=workers,
         collate_fn=_Collate(split),
         pin_memory=pin_memory,
+        generator=torch.Generator(),  # of its own: the loader would draw from the one that the model uses
     )
     return iter(loader)
 

@@ -6,26 +6,25 @@ from typing import Any
 
 import torch
 
-from nextvit.backbone import SMALLEST_SIDE, NextViT
+from nextvit.backbone import NextViT
 from nextvit.extras import need
 
 OPSET = 20
+SMALLEST_PROVEN = {"batch": 1, "height": 64, "width": 64}
 
 
 def onnx_graph(folded: NextViT, *, image_size: int, dynamic: bool, extra: str) -> Any:
     """An onnx.ModelProto with input `image` (B, C, H, W) and output `logits` (B, classes)."""
     need("onnxscript", extra=extra)
     onnxslim = need("onnxslim", extra=extra)
-    dims = None
+    channels = folded.metadata.in_channels
+    example, dims = torch.zeros(1, channels, image_size, image_size), None
     if dynamic:
-        largest = 8192  # a bound lets the exporter prove that no stage runs out of tokens
-        size = {
-            axis: torch.export.Dim(name, min=SMALLEST_SIDE, max=largest) for axis, name in ((2, "height"), (3, "width"))
-        }
-        dims = ({0: torch.export.Dim("batch", min=1, max=1024), **size},)
-    # A batch of two and unequal sides: an example of 1, or a square one, can be taken for a constant.
-    shape = (2, folded.metadata.in_channels, image_size, image_size + 32) if dynamic else None
-    example = torch.zeros(shape or (1, folded.metadata.in_channels, image_size, image_size))
+        # A batch of two and unequal sides: an example of 1, or a square one, can be taken for a constant. Maps of one
+        # pixel too, so torch proves the sizes from 64 up; the graph it writes holds from 32 (tests/test_export.py).
+        example = torch.zeros(2, channels, 96, 128)
+        batch, height, width = (torch.export.Dim(n, min=m, max=8192) for n, m in SMALLEST_PROVEN.items())
+        dims = ({0: batch, 2: height, 3: width},)
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:

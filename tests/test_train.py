@@ -1,0 +1,267 @@
+"""Training: it learns, a kill at any moment leaves a whole checkpoint, and resuming gives the run that was not killed."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from nextvit.create import open_checkpoint
+from nextvit.errors import Diverged, UserError
+from nextvit.recipe import Recipe, parse_recipe, read_recipe
+from nextvit.train import learning_rate, train
+from nextvit.weights import read_weights
+from tests.conftest import nextvit
+
+SMALL = ["images.size=32", "schedule.epochs=3", "batch_size=8", "schedule.warmup_epochs=1"]
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    with open(run / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def same_tensors(a: Path, b: Path) -> bool:
+    first, second = read_weights(a).tensors, read_weights(b).tensors
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_run_folder_holds_what_the_contract_says(trained):
+    names = {path.relative_to(trained).as_posix() for path in trained.rglob("*") if path.is_file()}
+    files = {"recipe.yaml", "metrics.csv", "last.ckpt", "last.prev.ckpt", "best.ckpt", "model.safetensors"}
+    assert names == files | {"plots/curves.png", "plots/confusion.png", "plots/confusion.csv"}
+    assert [row["epoch"] for row in rows(trained)] == ["1", "2"]
+    resolved = yaml.safe_load((trained / "recipe.yaml").read_text())
+    assert (resolved["schedule"]["epochs"], resolved["images"]["size"], resolved["seed"]) == (2, 32, 0)
+    metadata = read_weights(trained / "model.safetensors").metadata
+    assert (metadata.labels, metadata.preprocess.image_size) == (("bag", "sandal", "trouser"), 32)
+    assert metadata.recipe == read_recipe(str(trained / "recipe.yaml")).sha256
+
+
+def test_training_learns_three_easy_classes(garment_folder, tmp_path):
+    recipe = read_recipe("default", ["images.size=32", "schedule.epochs=25", "batch_size=8", "optimizer.lr=2e-3"])
+    result = train(garment_folder, recipe, tmp_path / "run", weights="none", threads=1, workers=0)
+    assert result.metrics.top1 >= 75, "chance is 33 %"
+
+
+def test_resuming_after_sigkill_gives_the_same_run(garment_folder, tmp_path):
+    """Killed in mid-epoch, at a moment that the machine chooses, and resumed until it is done."""
+    flags = ["--threads", "1", "--deterministic", *(f for s in SMALL for f in ("--set", s))]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = nextvit("train", garment_folder, "--output", whole, *flags)
+    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-m", "nextvit", "train", str(garment_folder)]
+    process = subprocess.Popen([*command, "--output", str(killed), *flags], stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if line.startswith("epoch 1 of 3"):
+            time.sleep(0.3)  # somewhere in epoch 2
+            process.kill()
+            break
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert read_weights(killed / "last.ckpt").state["epoch"] >= 1
+    done = nextvit("train", garment_folder, "--resume", killed, "--threads", 1, "--deterministic")
+    assert done.returncode == 0, done.stderr
+    assert "resuming" in done.stderr
+    assert rows(killed) == rows(whole)
+    assert same_tensors(killed / "model.safetensors", whole / "model.safetensors")
+    assert same_tensors(killed / "last.ckpt", whole / "last.ckpt")
+    assert not list(killed.glob(".*")), "no unfinished files are left"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_in_mid_epoch_and_resuming_gives_the_same_run(number, code, garment_folder, tmp_path):
+    flags = [
+        "--threads",
+        "1",
+        "--deterministic",
+        *(f for s in [*SMALL, "schedule.epochs=2", "batch_size=2"] for f in ("--set", s)),
+    ]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert nextvit("train", garment_folder, "--output", whole, *flags).returncode == 0
+    command = [sys.executable, "-m", "nextvit", "train", str(garment_folder), "--output", str(stopped), *flags]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if line.startswith("epoch 1 of 2"):
+            time.sleep(0.2)
+            process.send_signal(number)
+            break
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert f"--resume {stopped}" in errors
+    state = read_weights(stopped / "last.ckpt").state
+    assert (state["epoch"], state["step"]) > (0, 0)
+    assert nextvit("train", garment_folder, "--resume", stopped, "--threads", 1, "--deterministic").returncode == 0
+    assert rows(stopped) == rows(whole)
+    assert same_tensors(stopped / "model.safetensors", whole / "model.safetensors")
+
+
+def test_a_whole_checkpoint_exists_after_a_kill_at_every_step_of_saving(garment_folder, tmp_path, monkeypatch):
+    """The process dies at the k-th rename or sync of the run, for every k: what is there can be resumed."""
+    recipe = read_recipe("default", [*SMALL, "schedule.epochs=2"])
+    survived, k = 0, 0
+    while True:
+        k += 1
+        run = tmp_path / str(k)
+        child = os.fork()
+        if child == 0:
+            calls = 0
+
+            def dying(function):
+                def call(*args, **kwargs):
+                    nonlocal calls
+                    calls += 1
+                    if calls == k:
+                        os._exit(77)
+                    return function(*args, **kwargs)
+
+                return call
+
+            for name in ("replace", "fsync", "rename"):
+                setattr(os, name, dying(getattr(os, name)))
+            try:
+                train(garment_folder, recipe, run, weights="none", threads=1, workers=0)
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        code = os.waitstatus_to_exitcode(status)
+        assert code in (0, 77)
+        if code == 0:
+            break
+        if (run / "last.ckpt").exists() or (run / "last.prev.ckpt").exists():
+            from nextvit.train import _newest_checkpoint
+
+            assert _newest_checkpoint(run).state["epoch"] >= 1
+            survived += 1
+        if k % 4 == 0:
+            k += 1
+    assert survived > 8
+
+
+@pytest.mark.parametrize("damage", ["empty", "half", "last byte", "random"])
+def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(damage, trained, garment_folder, tmp_path):
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    good = (run / "last.ckpt").read_bytes()
+    bad = {"empty": b"", "half": good[: len(good) // 2], "last byte": good[:-1], "random": os.urandom(5000)}[damage]
+    (run / "last.ckpt").write_bytes(bad)
+    done = nextvit("train", garment_folder, "--resume", run)
+    assert done.returncode == 0, done.stderr
+    assert f"warning: {run / 'last.ckpt'}" in done.stderr
+    assert "resuming" in done.stderr
+    assert "1 of 2 epochs done" in done.stderr
+    (run / "last.ckpt").write_bytes(bad)
+    explicit = nextvit("info", run / "last.ckpt")
+    assert explicit.returncode == 2
+    assert explicit.stderr.count("\n") == 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_files_finite(garment_folder, tmp_path):
+    recipe = read_recipe("default", [*SMALL, "optimizer.lr=1e30", "schedule.warmup_epochs=0.1"])
+    with pytest.raises(Diverged, match=r"not finite at epoch 1, step \d+, learning rate"):
+        train(garment_folder, recipe, tmp_path / "run", weights="none", threads=1, workers=0)
+    assert not list((tmp_path / "run").glob("*.ckpt"))
+
+
+def test_images_that_cannot_be_read_are_left_out_and_listed(garment_folder, tmp_path):
+    import shutil
+
+    folder = tmp_path / "data"
+    shutil.copytree(garment_folder, folder)
+    planted = [folder / "bag" / "03.jpg", folder / "trouser" / "11.jpg"]
+    for path in planted:
+        path.write_bytes(path.read_bytes()[:200])
+    done = nextvit("train", folder, "--output", tmp_path / "run", *(f for s in SMALL for f in ("--set", s)))
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / "run" / "rejected.csv", newline="") as file:
+        assert [row["file"] for row in csv.DictReader(file)] == [str(path) for path in planted]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a": 4}, "one class only"),
+        ({"a": 0, "b": 0}, "no images"),
+        ({}, "no class folders"),
+        ({"a": 1, "b": 0}, "one training image"),
+    ],
+)
+def test_data_that_cannot_train_is_refused_before_it_starts(files, message, tmp_path):
+    for label, count in files.items():
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for index in range(count):
+            Image.new("RGB", (40, 40)).save(tmp_path / "data" / label / f"{index}.png")
+    (tmp_path / "data").mkdir(exist_ok=True)
+    with pytest.raises(UserError, match=message):
+        train(tmp_path / "data", Recipe(), tmp_path / "run", weights="none")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_existing_run_is_never_overwritten_and_other_data_are_refused(trained, garment_folder, tmp_path):
+    before = (trained / "last.ckpt").read_bytes()
+    done = nextvit("train", garment_folder, "--output", trained)
+    assert done.returncode == 2
+    assert "--resume" in done.stderr
+    for label in ("a", "b"):
+        (tmp_path / label).mkdir()
+        for index in range(3):
+            Image.new("RGB", (40, 40)).save(tmp_path / label / f"{index}.png")
+    done = nextvit("train", tmp_path, "--resume", trained)
+    assert done.returncode == 2
+    assert "trained with other images" in done.stderr
+    assert (trained / "last.ckpt").read_bytes() == before
+
+
+def test_the_rate_warms_up_linearly_and_falls_as_a_cosine():
+    recipe = parse_recipe("optimizer: {lr: 1.0e-3}\nschedule: {epochs: 10, warmup_epochs: 2, min_lr: 1.0e-5}", "test")
+    assert learning_rate(0, recipe) == pytest.approx(1e-5)
+    assert learning_rate(1, recipe) == pytest.approx((1e-5 + 1e-3) / 2)
+    assert learning_rate(2, recipe) == pytest.approx(1e-3)
+    assert learning_rate(6, recipe) == pytest.approx((1e-5 + 1e-3) / 2)
+    assert learning_rate(10, recipe) == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("", ["optimiser.lr=1"], "no key optimiser; did you mean optimizer"),
+        ("", ["optimizer.lrr=1"], "no key optimizer.lrr; did you mean optimizer.lr"),
+        ("", ["optimizer.lr=-1"], "optimizer.lr = -1 will not do"),
+        ("", ["optimizer.lr=abc"], "optimizer.lr = 'abc' will not do"),
+        ("", ["optimizer.lr"], "takes key=value"),
+        ("model: !!python/object/apply:os.system ['touch /tmp/never']", [], "not plain YAML"),
+        ("- 1", [], "must be a mapping"),
+        ("images: {size: 16}", [], "images.size = 16 will not do"),
+    ],
+)
+def test_a_recipe_that_is_wrong_is_refused_with_the_nearest_key(text, overrides, message):
+    with pytest.raises(UserError, match=message) as error:
+        parse_recipe(text, "my.yaml", overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_a_recipe_survives_its_own_yaml():
+    recipe = read_recipe("demo", ["seed=7", "drop_path=0.05"])
+    again = parse_recipe(recipe.to_yaml(), "again")
+    assert again == recipe
+    assert again.sha256 == recipe.sha256 != Recipe().sha256
+
+
+def test_fine_tuning_starts_from_the_given_weights(trained, garment_folder, tmp_path):
+    recipe = read_recipe("default", [*SMALL, "schedule.epochs=1", "optimizer.lr=1e-9", "schedule.min_lr=0"])
+    train(garment_folder, recipe, tmp_path / "run", weights=str(trained / "model.safetensors"), threads=1, workers=0)
+    before, after = (
+        open_checkpoint(trained / "model.safetensors"),
+        open_checkpoint(tmp_path / "run" / "model.safetensors"),
+    )
+    torch.testing.assert_close(after.stem[0].conv.weight, before.stem[0].conv.weight, rtol=0, atol=1e-6)
