@@ -1,4 +1,4 @@
-"""Training: it learns, a kill at any moment leaves a whole checkpoint, and resuming gives the run that was not killed."""
+"""Training: it learns, a kill leaves a whole checkpoint, and resuming gives the run that was not killed."""
 
 import csv
 import os
@@ -114,7 +114,7 @@ def test_a_whole_checkpoint_exists_after_a_kill_at_every_step_of_saving(garment_
         if child == 0:
             calls = 0
 
-            def dying(function):
+            def dying(function, k=k):
                 def call(*args, **kwargs):
                     nonlocal calls
                     calls += 1

@@ -1,4 +1,4 @@
-"""Weight files: every layout loads exactly, a file that does not fit is named and never half loaded, nothing in it runs."""
+"""Weight files: every layout loads exactly, a file that does not fit is never half loaded, nothing in it runs."""
 
 import argparse
 import io
@@ -353,7 +353,8 @@ def test_a_tag_is_fetched_from_the_hub_with_its_preprocessing_and_found_again_of
 
     script = (
         "import nextvit; m = nextvit.create_model('nextvit_small', weights='in1k_384');"
-        "print(m.metadata.preprocess.image_size, m.metadata.preprocess.crop, m.metadata.labels[0], m.norm.weight[0].item())"
+        "print(m.metadata.preprocess.image_size, m.metadata.preprocess.crop,"
+        "m.metadata.labels[0], m.norm.weight[0].item())"
     )
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()

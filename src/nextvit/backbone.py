@@ -62,9 +62,9 @@ class ConvNormAct(nn.Module):
 class HalvingPool(nn.Module):
     """Average of 2 x 2 windows, smaller ones at an odd border. (B, C, H, W) -> (B, C, ceil(H / 2), ceil(W / 2)).
 
-    The same as AvgPool2d(2, ceil_mode=True, count_include_pad=False): a border value repeated once leaves the average of
-    its window as it was. Written so, the output size has one formula for odd and even sides, and torch.export can prove
-    it for free sizes.
+    The same as AvgPool2d(2, ceil_mode=True, count_include_pad=False): a border value repeated once leaves the average
+    of its window as it was. Written so, the output size has one formula for odd and even sides, and torch.export can
+    prove it for free sizes.
     """
 
     def forward(self, x: Tensor) -> Tensor:

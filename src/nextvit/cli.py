@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from click import ClickException
 
 from nextvit.errors import UserError
 
@@ -26,6 +25,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     help="Next-ViT from a folder of images to a deployed model: train, evaluate, export, check, measure.",
 )
+
+USAGE_ERROR: Any = typer.BadParameter.__base__  # what typer raises for a wrong flag, argument or verb
 
 # ---- flags that mean the same wherever they stand --------------------------------------------------------------------
 
@@ -387,10 +388,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         code = app(given, prog_name="nextvit", standalone_mode=False)
-    except ClickException as error:
-        error.show()
+    except USAGE_ERROR as error:
+        print(f"error: {error.format_message()} `nextvit --help` and `nextvit VERB --help` tell more.", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         print("interrupted.", file=sys.stderr)
         return 130
     except BrokenPipeError:

@@ -33,6 +33,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield folder / final.name
         written = sorted(folder.iterdir(), key=lambda p: p.name == final.name)
         for file in written:
+            file.chmod(0o666 & ~_umask())  # some writers make their files private
             _sync(file)
         for file in written:
             os.replace(file, final.parent / file.name)
@@ -54,6 +55,12 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _sync(path: Path) -> None:

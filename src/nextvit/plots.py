@@ -40,14 +40,10 @@ def curves(history: Sequence[dict[str, float]], path: Path) -> None:
     left.legend(frameon=False)
     right.plot(epochs, [row["val_top1"] for row in history], color=BLUE, marker="o", ms=3)
     best = max(history, key=lambda row: row["val_top1"])
-    right.annotate(
-        f"best: {best['val_top1']:.1f} %",
-        (best["epoch"], best["val_top1"]),
-        (0, -14),
-        textcoords="offset points",
-        ha="right",
+    right.plot(best["epoch"], best["val_top1"], color=ORANGE, marker="o", ms=6)
+    right.set(
+        xlabel="epoch", ylabel="val top-1 (%)", title=f"best: {best['val_top1']:.1f} %, epoch {best['epoch']:.0f}"
     )
-    right.set(xlabel="epoch", ylabel="val top-1 (%)")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -66,7 +62,7 @@ def confusion(matrix: np.ndarray, labels: Sequence[str], title: str, path: Path)
         axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
         axes.set_yticks(range(len(labels)), labels)
         for (y, x), share in np.ndenumerate(shares):
-            if share >= 0.5:
+            if share >= 1:
                 axes.text(
                     x, y, f"{share:.0f}", ha="center", va="center", color="white" if share > 55 else "black", size=8
                 )

@@ -72,8 +72,8 @@ def latency_lines(rows: Sequence[Row]) -> list[str]:
     ]
     return [
         *table(shown),
-        f"batch {first.batch}, {first.image_size} x {first.image_size} pixels; ms: median and middle half of {first.rounds} "
-        "interleaved rounds;",
+        f"batch {first.batch}, {first.image_size} x {first.image_size} pixels; ms: median and middle half of "
+        f"{first.rounds} interleaved rounds;",
         f"ratio: time / the first row's in the same round, with a {CONFIDENCE:.0%} interval of its median",
     ]
 

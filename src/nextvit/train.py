@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from nextvit.backbone import NextViT
-from nextvit.create import create_model
+from nextvit.create import create_model, open_checkpoint
 from nextvit.data.folders import Split, read_split
 from nextvit.data.loader import Transform, batches, eval_transform, shuffled
-from nextvit.devices import DTYPES, pick_device, pick_precision, set_threads
+from nextvit.devices import DTYPES, cpu_count, pick_device, pick_precision, set_threads
 from nextvit.errors import Diverged, UserError
 from nextvit.evaluate import Evaluation, evaluate
 from nextvit.extras import need
@@ -107,7 +107,7 @@ def train(
     rejected: dict[str, str] = {}  # file -> why
     first_epoch = first_step = 0
     seen, loss_sum, loss_count = 0, 0.0, 0
-    best = (-1.0, 0.0)
+    best_merit = (-1.0, 0.0)
     if saved is not None and saved.state is not None:
         state = saved.state
         _check_same_data(state, training, run)
@@ -116,7 +116,7 @@ def train(
         rejected = state["rejected"]
         first_epoch, first_step = state["epoch"], state["step"]
         seen, loss_sum, loss_count = state["seen"], state["loss_sum"], state["loss_count"]
-        best = max((_merit(row) for row in history), default=best)
+        best_merit = max((_merit(row) for row in history), default=best_merit)
         say(f"resuming {run}: {first_epoch} of {recipe.schedule.epochs} epochs done, at step {first_step}.")
 
     write_text(run / "recipe.yaml", recipe.to_yaml())
@@ -198,8 +198,8 @@ def train(
             first_step, loss_sum, loss_count = 0, 0.0, 0
             write_rows(run / "metrics.csv", [asdict(r) for r in history])
             save(LAST, epoch + 1, 0)
-            if _merit(row) > best:
-                best = _merit(row)
+            if _merit(row) > best_merit:
+                best_merit = _merit(row)
                 save(BEST, epoch + 1, 0)
                 save_weights(run / "model.safetensors", model.state_dict(), _trained(model, recipe))
             say(f"{label}: train loss {row.train_loss:.3f}, val loss {m.loss:.3f}, val top-1 {m.top1:.1f} %")
@@ -209,9 +209,7 @@ def train(
     if rejected:
         write_rows(run / "rejected.csv", [{"file": file, "reason": why} for file, why in sorted(rejected.items())])
         say(f"note: {len(rejected)} images could not be read and were left out; {run / 'rejected.csv'} names them.")
-    best = create_model(
-        recipe.model, weights=run / "model.safetensors", kv_pooling=recipe.kv_pooling, in_channels=3
-    ).to(place)
+    best = open_checkpoint(run / "model.safetensors").to(place)
     return validate(best, validation, place, batch_size)
 
 
@@ -269,15 +267,20 @@ def _new_model(recipe: Recipe, labels: Sequence[str], weights: str | None, saved
         source = None if weights == "none" else weights
     if saved is None:
         say(f"starting from {'random weights' if source is None else f'the weights {source}'}.")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the last layer is new is what training on other classes means
-        model = create_model(
-            recipe.model,
-            weights=source,
-            num_classes=len(labels),
-            drop_path_rate=recipe.drop_path,
-            kv_pooling=recipe.kv_pooling,
-        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the last layer is new is what training on other classes means
+            model = create_model(
+                recipe.model,
+                weights=source,
+                num_classes=len(labels),
+                drop_path_rate=recipe.drop_path,
+                kv_pooling=recipe.kv_pooling,
+            )
+    except UserError as error:
+        if saved is None and weights is None and source is not None:
+            raise UserError(f"{error} To start from random weights: --weights none.") from error
+        raise
     r, p = recipe.images, model.metadata.preprocess
     p = replace(p, image_size=r.size, crop=r.crop, interpolation=r.interpolation)
     model.metadata = replace(model.metadata, labels=tuple(labels), preprocess=p)

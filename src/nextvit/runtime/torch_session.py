@@ -17,7 +17,7 @@ class TorchSession:
         chosen = pick_precision(precision or "fp32", place)
         self.metadata = model.metadata
         self.setup = Setup(
-            f"torch {torch.__version__.partition('+')[0]}{', folded' if folded else ''}",
+            f"torch {torch.__version__.partition('+')[0]}{', folded' if folded else ', eager'}",
             str(place),
             chosen,
             set_threads(threads),

@@ -1,0 +1,225 @@
+"""The command line: exit codes, one sentence, nothing but the result on standard output, every file accounted for."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from nextvit.data.demo_images import garments
+from tests.conftest import nextvit
+
+VERBS = ["info", "train", "eval", "predict", "export", "benchmark"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_shows_an_example(verb):
+    done = nextvit(verb, "--help")
+    assert done.returncode == 0
+    assert f"Example: nextvit {verb} " in done.stdout
+
+
+def test_help_and_the_package_do_not_load_torch():
+    script = "import sys, nextvit.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+def test_importing_the_package_costs_little_beside_torch():
+    script = "import time, torch; s = time.perf_counter(); import nextvit; nextvit.create_model;"
+    script += "print(time.perf_counter() - s)"
+    seconds = min(float(subprocess.check_output([sys.executable, "-c", script])) for _ in range(3))
+    assert seconds < 0.5
+
+
+def test_the_core_needs_no_extra(tmp_path):
+    """With every optional library blocked, a model is created, folded, saved, loaded and run on an image."""
+    script = f"""
+import sys
+for name in "torchvision yaml pydantic matplotlib onnx onnxscript onnxslim onnxruntime openvino timm".split():
+    sys.modules[name] = None
+import nextvit
+from nextvit.weights import save_weights
+from PIL import Image
+model = nextvit.create_model("nextvit_nano", num_classes=2)
+nextvit.fold(model)
+save_weights({str(tmp_path / "m.safetensors")!r}, model.state_dict(), model.metadata)
+print(nextvit.load({str(tmp_path / "m.safetensors")!r}).predict([Image.new("RGB", (50, 40))])[0].labels)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert sorted(eval(done.stdout)) == ["0", "1"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["info", "nextvit_smol"], "did you mean nextvit_small"),
+        (["info", "missing.safetensors"], "missing.safetensors"),
+        (["eval", "missing.onnx", "demo"], "there is no file missing.onnx"),
+        (["eval", "nextvit_nano", "missing"], "there is no folder missing"),
+        (["eval", "nextvit_nano", "demo", "--weights", "nowhere.pth"], "cannot read nowhere.pth"),
+        (["eval", "nextvit_nano", "demo"], "does not know"),
+        (["train", "demo", "--model", "nextvit_smol", "--weights", "none"], "did you mean"),
+        (["train", "demo", "--recipe", "nosuch"], "no recipe 'nosuch'"),
+        (["train", "demo", "--device", "cuda"], "no device 'cuda'"),
+        (["train", "demo", "--resume", "nowhere"], "no run folder"),
+        (["train"], "DATA"),
+        (["export", "nextvit_nano", "--to", "tflite"], "tflite"),
+        (["predict", "nextvit_nano", "nowhere.jpg"], "could not be read"),
+        (["nosuchverb"], "nosuchverb"),
+        (["eval", "nextvit_nano", "demo", "--precision", "fp16"], "fp16"),
+    ],
+)
+def test_bad_input_is_a_sentence_and_exit_code_2(arguments, message, tmp_path):
+    done = nextvit(*arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_debug_shows_the_traceback():
+    done = nextvit("info", "nextvit_smol", "--debug")
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["info"], ["info", "nextvit_tiny"]])
+def test_json_is_one_object_and_nothing_else(arguments):
+    done = nextvit(*arguments, "--json")
+    assert isinstance(json.loads(done.stdout), dict)
+
+
+def test_info_of_a_checkpoint_tells_what_it_holds(trained):
+    told = json.loads(nextvit("info", trained / "last.ckpt", "--json").stdout)
+    assert (told["variant"], told["checkpoint"]["epochs_done"], told["image_size"]) == ("nextvit_nano", 2, 32)
+    assert told["metadata"]["labels"] == ["bag", "sandal", "trouser"]
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    folder = tmp_path / "pictures"
+    (folder / "deep").mkdir(parents=True)
+    for index, tile in enumerate(garments("val")["bag"][:5]):
+        tile.save(folder / f"{index}.png")
+    garments("val")["sandal"][0].save(folder / "deep" / "x.png")
+    (folder / "bad.jpg").write_text("no image")
+    odd = [b"\xff.png", b"new\nline.png", b"=cmd.png", "é😀.png".encode()]
+    for name in odd:
+        with open(os.path.join(os.fsencode(folder), name), "wb") as file:
+            garments("val")["bag"][6].save(file, format="PNG")
+    return folder
+
+
+def test_predict_writes_a_row_for_each_file_once_in_order(trained, pictures, tmp_path):
+    output = tmp_path / "answers.jsonl"
+    done = nextvit(
+        "predict", trained / "model.safetensors", pictures, pictures / "0.png", "gone.png", "--output", output
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    found = [os.fsencode(row["file"]) for row in rows]
+    expected = [os.fsencode(p) for p in sorted(p for p in pictures.iterdir() if p.is_file())]
+    assert found == [*expected, os.fsencode(pictures / "deep" / "x.png"), b"gone.png"]
+    bad = [row for row in rows if "error" in row]
+    assert [Path(row["file"]).name for row in bad] == ["bad.jpg", "gone.png"]
+    for row in rows:
+        if "error" not in row:
+            assert sorted(row["labels"]) == ["bag", "sandal", "trouser"]
+            assert row["scores"] == sorted(row["scores"], reverse=True)
+            assert sum(row["scores"]) == pytest.approx(1, abs=1e-5)
+    assert "2 of 12 files could not be read" in done.stderr
+
+
+def test_predict_gives_each_file_the_answer_that_it_has_alone(trained, pictures, tmp_path):
+    together = nextvit("predict", trained / "model.safetensors", pictures, "--batch-size", 4)
+    alone = nextvit("predict", trained / "model.safetensors", pictures / "deep" / "x.png")
+    row = next(r for r in map(json.loads, together.stdout.splitlines()) if r["file"].endswith("x.png"))
+    single = json.loads(alone.stdout)
+    assert row["labels"] == single["labels"]
+    assert row["scores"] == pytest.approx(single["scores"], abs=1e-5)
+
+
+def test_predict_writes_csv_that_a_spreadsheet_can_open_and_pictures(trained, pictures, tmp_path):
+    output = tmp_path / "answers.csv"
+    drawn = tmp_path / "drawn"
+    done = nextvit(
+        "predict",
+        trained / "model.safetensors",
+        "--output",
+        output,
+        "--pictures",
+        drawn,
+        "--",
+        "=cmd.png",
+        "0.png",
+        cwd=pictures,
+    )
+    assert done.returncode == 0, done.stderr
+    with open(output, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == ["'=cmd.png", "0.png"]
+    assert all(float(row["score"]) > 0.3 for row in rows)
+    assert len(list(drawn.glob("*.png"))) == 2
+    assert Image.open(next(drawn.glob("0*.png"))).height > 28
+
+
+def test_predict_strict_fails_when_a_file_does(trained, pictures, tmp_path):
+    done = nextvit("predict", trained / "model.safetensors", pictures, "--strict", "--output", tmp_path / "a.jsonl")
+    assert done.returncode == 2
+    assert "1 of 11 files could not be read" in done.stderr
+
+
+def test_predict_survives_a_reader_that_goes_away(trained, pictures):
+    command = f"{sys.executable} -m nextvit predict {trained / 'model.safetensors'} {pictures} | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert json.loads(done.stdout)["file"].endswith("0.png")
+    assert "Traceback" not in done.stderr
+
+
+def test_eval_refuses_a_figure_for_a_part_unless_allowed(trained, garment_folder, tmp_path):
+    import shutil
+
+    folder = tmp_path / "data"
+    shutil.copytree(garment_folder, folder)
+    (folder / "bag" / "04.jpg").write_bytes(b"broken")
+    done = nextvit("eval", trained / "model.safetensors", folder)
+    assert done.returncode == 2
+    assert "1 of 12 images cannot be read" in done.stderr
+    allowed = nextvit("eval", trained / "model.safetensors", folder, "--allow-bad", "--json")
+    assert allowed.returncode == 0
+    told = json.loads(allowed.stdout)
+    assert (told["images"], len(told["rejected"])) == (11, 1)
+
+
+def test_eval_maps_classes_by_name(trained, garment_folder, tmp_path):
+    """A folder with only the last of the model's classes scores that class, not the first."""
+    import shutil
+
+    shutil.copytree(garment_folder / "trouser", tmp_path / "val" / "trouser")
+    told = json.loads(nextvit("eval", trained / "model.safetensors", tmp_path, "--json").stdout)
+    assert told["per_class"]["trouser"] == told["top1"]
+    assert told["per_class"]["bag"] is None
+    (tmp_path / "val" / "zebra").mkdir()
+    assert nextvit("eval", trained / "model.safetensors", tmp_path).returncode == 2
+
+
+def test_a_second_run_of_the_same_name_gets_a_number(garment_folder, tmp_path):
+    flags = ["--epochs", 1, "--image-size", 32]
+    for expected in ("clothes-nano", "clothes-nano.2"):
+        done = nextvit("train", garment_folder, *flags, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "runs" / expected / "model.safetensors").exists()
+
+
+def test_a_tag_without_network_answers_quickly():
+    start = time.perf_counter()
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = nextvit("train", "demo", "--model", "nextvit_small", env=environment)
+    assert done.returncode == 2
+    assert "--weights none" in done.stderr
+    assert time.perf_counter() - start < 40

@@ -1,0 +1,230 @@
+"""Exported files answer as the model does, at sizes and batches that were not traced, or are not written."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import nextvit
+from nextvit.errors import ParityError, UserError
+from nextvit.exporters import export as export_module
+from nextvit.runtime.open import open_session
+from tests.conftest import fill
+from tests.conftest import nextvit as run
+
+ENDINGS = [".onnx", ".xml"]
+
+
+@pytest.fixture(
+    scope="module", params=[("nextvit_nano", "sequence"), ("nextvit_nano", "spatial"), ("nextvit_small", "sequence")]
+)
+def model(request):
+    return fill(nextvit.create_model(request.param[0], kv_pooling=request.param[1]))
+
+
+@pytest.fixture(scope="module", params=ENDINGS)
+def exported(request, model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("export") / f"m{request.param}"
+    return model, path, nextvit.export(model, path)
+
+
+def test_one_file_agrees_with_eager_at_every_size_and_batch(exported):
+    model, path, _ = exported
+    session = open_session(path)
+    for shape in (
+        (1, 3, 224, 224),
+        (2, 3, 256, 320),
+        (7, 3, 200, 232),
+        (2, 3, 384, 384),
+        (1, 3, 32, 32),
+        (3, 3, 33, 47),
+    ):
+        images = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+        with torch.inference_mode():
+            expected = model(torch.from_numpy(images)).numpy()
+        found = session(images)
+        assert found.shape == expected.shape
+        assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max(), shape
+
+
+def test_the_report_says_how_the_file_was_checked(exported):
+    model, path, report = exported
+    p = report.parity
+    assert p.ok
+    assert p.live
+    assert p.top1_agreement == 100
+    assert p.max_abs <= p.bound * p.size
+    assert p.mean_abs <= p.max_abs
+    assert len(p.sizes) >= 4
+    assert report.bytes == sum(f.stat().st_size for f in path.parent.iterdir())
+    assert report.setup.precision == "fp32"
+
+
+def test_the_file_carries_its_metadata(exported):
+    model, path, _ = exported
+    predictor = nextvit.load(path)
+    assert predictor.metadata.variant == model.variant.name
+    assert predictor.metadata.preprocess == model.metadata.preprocess
+    assert predictor.metadata.version == nextvit.__version__
+    assert predictor.task == "classify"
+    assert len(predictor.labels) == 1000
+
+
+def test_static_export_fixes_the_size(tmp_path):
+    model = fill(nextvit.create_model("nextvit_nano", num_classes=5))
+    for ending in ENDINGS:
+        report = nextvit.export(model, tmp_path / f"m{ending}", image_size=64, dynamic=False)
+        assert report.parity.ok
+        session = open_session(tmp_path / f"m{ending}")
+        assert session.metadata.preprocess.image_size == 64
+        assert session(np.zeros((1, 3, 64, 64), np.float32)).shape == (1, 5)
+        with pytest.raises(Exception, match=r"(?i)dimension|shape|size"):
+            session(np.zeros((2, 3, 96, 64), np.float32))
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_other_input_channels_export(channels, tmp_path):
+    model = fill(nextvit.create_model("nextvit_nano", in_channels=channels, num_classes=3))
+    assert nextvit.export(model, tmp_path / "m.onnx").parity.ok
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_file_that_answers_otherwise_is_not_kept(ending, tmp_path, monkeypatch):
+    """One weight is moved between folding and writing, as a faulty converter would."""
+    model = fill(nextvit.create_model("nextvit_nano", num_classes=4))
+    honest = export_module.fold
+
+    def faulty(network):
+        folded = honest(network)
+        folded.head.fc.weight.data[0] *= 1.1
+        return folded
+
+    path = tmp_path / f"m{ending}"
+    path.write_bytes(b"an older export")
+    monkeypatch.setattr(export_module, "fold", faulty)
+    with pytest.raises(ParityError, match="was not written: its outputs differ"):
+        nextvit.export(model, path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert path.read_bytes() == b"an older export"
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_flipped_bits_and_missing_parts_are_found(ending, tmp_path):
+    path = tmp_path / f"m{ending}"
+    nextvit.export(fill(nextvit.create_model("nextvit_nano", num_classes=4)), path)
+    files = sorted(tmp_path.iterdir())
+    for file in files:
+        good = file.read_bytes()
+        for place in np.linspace(0, len(good) - 1, 25).astype(int):
+            bad = bytearray(good)
+            bad[place] ^= 1 << (place % 8)
+            file.write_bytes(bad)
+            with pytest.raises(UserError):
+                nextvit.load(path)
+        file.write_bytes(good[: len(good) // 2])
+        with pytest.raises(UserError):
+            nextvit.load(path)
+        file.unlink()
+        with pytest.raises(UserError):
+            nextvit.load(path)
+        file.write_bytes(good)
+    nextvit.load(path)
+
+
+def test_a_foreign_onnx_file_and_one_with_tensors_elsewhere_are_refused(tmp_path):
+    import onnx
+
+    from nextvit.files import OPEN_SEAL, close_seal
+
+    nextvit.export(fill(nextvit.create_model("nextvit_nano", num_classes=4)), tmp_path / "m.onnx")
+    model = onnx.load(tmp_path / "m.onnx")
+    bare = onnx.ModelProto()
+    bare.CopyFrom(model)
+    del bare.metadata_props[:]
+    onnx.save(bare, tmp_path / "bare.onnx")
+    with pytest.raises(UserError, match="no nextvit metadata"):
+        nextvit.load(tmp_path / "bare.onnx")
+    notes = {entry.key: entry.value for entry in model.metadata_props}
+    onnx.helper.set_model_props(model, {**notes, "sha256": OPEN_SEAL})
+    onnx.save(model, tmp_path / "outside.onnx", save_as_external_data=True, location="secret.data", size_threshold=0)
+    close_seal(tmp_path / "outside.onnx")
+    with pytest.raises(UserError, match="keeps tensors in other files"):
+        nextvit.load(tmp_path / "outside.onnx")
+
+
+@pytest.mark.parametrize("target", ["m.tflite", "m"])
+def test_an_ending_that_is_no_format_is_refused_with_those_that_are(target, tmp_path):
+    with pytest.raises(UserError, match=re.escape(".onnx (onnx), .xml (openvino)")):
+        nextvit.export(nextvit.create_model("nextvit_nano"), tmp_path / target)
+
+
+def test_export_eval_and_predict_of_a_trained_run_agree(trained, garment_folder, tmp_path):
+    """The command line: a checkpoint and both exported files give the same metrics and the same answers."""
+    images = sorted((garment_folder / "bag").iterdir())[:3]
+    results = []
+    models = [trained / "model.safetensors", trained / "best.ckpt"]
+    for to, ending in (("onnx", ".onnx"), ("openvino", ".xml")):
+        done = run("export", models[0], "--to", to, "--output", tmp_path / f"m{ending}", "--json")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["parity"]["ok"] is True
+        models.append(tmp_path / f"m{ending}")
+    for model in models:
+        scored = run("eval", model, garment_folder, "--json")
+        assert scored.returncode == 0, scored.stderr
+        answers = nextvit.load(model).predict([str(image) for image in images])
+        results.append((json.loads(scored.stdout), answers))
+    first = results[0]
+    for scored, answers in results[1:]:
+        assert (scored["top1"], scored["images"]) == (first[0]["top1"], first[0]["images"])
+        assert scored["loss"] == pytest.approx(first[0]["loss"], abs=1e-4)
+        for ours, theirs in zip(answers, first[1], strict=True):
+            assert ours.labels == theirs.labels
+            assert ours.scores == pytest.approx(theirs.scores, abs=1e-4)
+
+
+def test_a_predictor_takes_paths_pil_images_and_arrays_alike(trained, garment_folder):
+    predictor = nextvit.load(trained / "model.safetensors")
+    path = sorted((garment_folder / "sandal").iterdir())[0]
+    from nextvit.data.images import read_image
+
+    image = read_image(path)
+    a, b, c, d = predictor.predict([path, str(path), image, np.asarray(image)])
+    assert a == b == c == d
+    assert sum(a.scores) == pytest.approx(1)
+    assert predictor.predict([]) == []
+    with pytest.raises(UserError, match="a list of images"):
+        predictor.predict(str(path))
+    with pytest.raises(UserError, match=r"float32 of shape \(B, 3, H, W\)"):
+        predictor.run(np.zeros((3, 32, 32), np.float32))
+
+
+def test_precision_is_set_explicitly_or_refused(tmp_path):
+    import openvino
+
+    nextvit.export(fill(nextvit.create_model("nextvit_nano", num_classes=4)), tmp_path / "m.xml")
+    assert nextvit.load(tmp_path / "m.xml").session.setup.precision == "fp32"
+    able = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if able:
+        assert nextvit.load(tmp_path / "m.xml", precision="bf16").session.setup.precision == "bf16"
+    else:
+        with pytest.raises(UserError, match="does not compute in bf16"):
+            nextvit.load(tmp_path / "m.xml", precision="bf16")
+    with pytest.raises(UserError, match="no device 'cuda'|not on 'cuda'"):
+        nextvit.load(tmp_path / "m.xml", device="cuda")
+
+
+def test_a_missing_extra_is_named_with_its_install_line(tmp_path):
+    blocked = tmp_path / "site"
+    blocked.mkdir()
+    (blocked / "onnxslim.py").write_text("raise ModuleNotFoundError(\"No module named 'onnxslim'\", name='onnxslim')")
+    import os
+
+    environment = {**os.environ, "PYTHONPATH": str(blocked)}
+    done = run("export", "nextvit_nano", "--to", "onnx", "--output", tmp_path / "m.onnx", env=environment)
+    assert done.returncode == 2
+    assert done.stderr == 'error: onnxslim is not installed; run: pip install "nextvit[onnx]"\n'
+    shutil.rmtree(blocked)
+    assert not list(tmp_path.iterdir())
