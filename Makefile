@@ -13,10 +13,10 @@ demo: .venv/installed
 	@$(BIN)/python -m nextvit.demo runs/demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m "not slow"
 
 test-all: .venv/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
 
 lint: .venv/installed
 	$(BIN)/ruff check .

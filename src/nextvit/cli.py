@@ -30,7 +30,7 @@ USAGE_ERROR: Any = typer.BadParameter.__base__  # what typer raises for a wrong 
 
 # ---- flags that mean the same wherever they stand --------------------------------------------------------------------
 
-Model = Annotated[str, typer.Argument(help="A variant's name, a checkpoint, or an exported file.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A variant's name, a checkpoint, or an exported file.")]
 Weights = Annotated[
     str | None,
     typer.Option(help="With a variant's name: a weight file, a published tag such as in1k, or hf-hub:org/name."),
@@ -58,7 +58,9 @@ class To(str, Enum):
 
 @app.command(epilog="Example: nextvit info nextvit_small")
 def info(
-    model: Annotated[str | None, typer.Argument(help="A variant's name or any file; left out: all variants.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="A variant or any file; left out: all variants.")
+    ] = None,
     image_size: ImageSize = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -77,7 +79,9 @@ def info(
 
 @app.command(epilog="Example: nextvit train demo --recipe demo --output runs/first")
 def train(
-    data: Annotated[str, typer.Argument(help="A folder with train/ and val/, or of class folders; or `demo`.")],
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="A folder with train/ and val/, or of classes; or `demo`.")
+    ],
     model: Annotated[str | None, typer.Option(help="The variant; left out: the recipe's own.")] = None,
     recipe: Annotated[str, typer.Option(help="A shipped recipe (default, demo) or a YAML file.")] = "default",
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the images.")] = None,
@@ -167,7 +171,7 @@ def train(
 @app.command(name="eval", epilog="Example: nextvit eval runs/first/model.safetensors demo")
 def evaluate(
     model: Model,
-    data: Annotated[str, typer.Argument(help="A folder as `train` takes it, or `demo`.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A folder as `train` takes it, or `demo`.")],
     split: Annotated[
         str | None, typer.Option(help="train, val or test; left out: test where there is one, else val.")
     ] = None,
@@ -211,7 +215,7 @@ def evaluate(
 @app.command(epilog="Example: nextvit predict runs/first/model.safetensors photos/ --output answers.jsonl")
 def predict(
     model: Model,
-    source: Annotated[list[str], typer.Argument(help="Images, folders, globs.")],
+    source: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Images, folders, globs.")],
     output: Annotated[
         Path | None, typer.Option(help="FILE.jsonl or FILE.csv; left out: JSON Lines on standard output.")
     ] = None,
@@ -259,7 +263,7 @@ def predict(
 
 @app.command(epilog="Example: nextvit export runs/first/model.safetensors --to onnx")
 def export(
-    model: Annotated[str, typer.Argument(help="A variant's name or a checkpoint.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A variant's name or a checkpoint.")],
     to: Annotated[To, typer.Option(help="The format.")],
     output: Annotated[
         Path | None, typer.Option(help="The file; left out: named for variant, size and precision.")
@@ -297,7 +301,8 @@ def export(
 @app.command(epilog="Example: nextvit benchmark nextvit_nano --runtimes eager,folded,onnx,openvino --image-size 224")
 def benchmark(
     model: Annotated[
-        list[str], typer.Argument(help="Variants, checkpoints, exported files; the first is what all is compared to.")
+        list[str],
+        typer.Argument(metavar="MODEL...", help="Variants, checkpoints, exported files; all is compared to the first."),
     ],
     runtimes: Annotated[
         str,
@@ -389,7 +394,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = app(given, prog_name="nextvit", standalone_mode=False)
     except USAGE_ERROR as error:
-        print(f"error: {error.format_message()} `nextvit --help` and `nextvit VERB --help` tell more.", file=sys.stderr)
+        print(
+            f"error: {error.format_message().rstrip('.')}; `nextvit VERB --help` tells what it takes.", file=sys.stderr
+        )
         return 2
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted.", file=sys.stderr)

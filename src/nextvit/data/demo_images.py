@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -22,18 +23,14 @@ def cache_folder() -> Path:
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "nextvit"
 
 
-def demo_folder() -> Path:
-    """The garment photographs as `train/`, `val/` and `test/`, each with ten class folders; written at first use.
-
-    7,500 + 500 images are the package's training sheets, 2,000 (`test`) its validation sheets, which come from another
-    split of the photographs.
-    """
-    folder = cache_folder() / f"demo-{__version__}"
+def made_once(name: str, write: Callable[[Path], None]) -> Path:
+    """The folder `name` in the cache; `write` fills it at first use, and it appears only when it is whole."""
+    folder = cache_folder() / f"{name}-{__version__}"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=".demo-", dir=folder.parent))
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
         try:
-            _write(unfinished)
+            write(unfinished)
             unfinished.chmod(0o755)
             os.replace(unfinished, folder)
         except OSError:
@@ -42,6 +39,15 @@ def demo_folder() -> Path:
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return folder
+
+
+def demo_folder() -> Path:
+    """The garment photographs as `train/`, `val/` and `test/`, each with ten class folders.
+
+    7,500 + 500 images are the package's training sheets, 2,000 (`test`) its validation sheets, which come from another
+    split of the photographs.
+    """
+    return made_once("demo", _write)
 
 
 def _write(folder: Path) -> None:

@@ -6,7 +6,6 @@ They are written as ADE20K and COCO are, so that the readers of the real sets re
 import json
 import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import resources
@@ -18,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from nextvit import __version__
-from nextvit.data.demo_images import cache_folder, garments
+from nextvit.data.demo_images import garments, made_once
 from nextvit.progress import track
 
 SPLITS = ("train", "val")
@@ -187,20 +186,7 @@ def _photographs(split: str) -> list[np.ndarray]:
 
 def scenes_folder(train: int = 800, val: int = 200) -> Path:
     """The first `train` and `val` scenes, as `ade20k/` and `coco/`; written at first use."""
-    folder = cache_folder() / f"scenes-{train}-{val}-{__version__}"
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=".scenes-", dir=folder.parent))
-        try:
-            _write(unfinished, {"train": train, "val": val})
-            unfinished.chmod(0o755)
-            os.replace(unfinished, folder)
-        except OSError:
-            if not folder.exists():  # else: another process was quicker
-                raise
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-    return folder
+    return made_once(f"scenes-{train}-{val}", lambda folder: _write(folder, {"train": train, "val": val}))
 
 
 def _write(folder: Path, counts: dict[str, int]) -> None:

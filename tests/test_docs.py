@@ -1,0 +1,123 @@
+"""Every command and every piece of Python in the README and the docs runs as it stands there."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nextvit.data.demo_images import garments
+from tests.conftest import REPOSITORY
+
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+BLOCK = re.compile(r"(?:<!-- test: ([\w ]+) -->\n)?```(\w*)\n(.*?)```", re.DOTALL)
+
+
+def blocks(page: Path, *kinds: str) -> list[str]:
+    return [text for kind, _, text in BLOCK.findall(page.read_text()) if kind in kinds]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A working folder as the pages assume it: the README's first run, a photograph, a few folders."""
+    folder = tmp_path_factory.mktemp("docs")
+    garments("val")["bag"][0].save(folder / "photo.png")
+    for name, labels in (("photos", ["."]), ("imagenet/val", ["0"]), ("flowers", ["bag", "sandal", "trouser"])):
+        for label in labels:
+            (folder / name / label).mkdir(parents=True)
+            for index in range(20 if name == "flowers" else 3):
+                tile = garments("train")[label if name == "flowers" else "bag"][index]
+                tile.resize((60, 60)).save(folder / name / label / f"{index}.png")
+    shell(folder, *blocks(PAGES[0], "shell"))
+    return folder
+
+
+def shell(folder: Path, *texts: str) -> None:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    for line in "".join(texts).splitlines():
+        done = subprocess.run(
+            line, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=400
+        )
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_block_with_a_command_is_marked_to_be_tested(page):
+    for kind, language, text in BLOCK.findall(page.read_text()):
+        if re.search(r"^(nextvit|make|pip|python) ", text, re.MULTILINE) or language == "python":
+            assert kind in ("shell", "slow shell", "python", "hub", "make", "install"), text
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda p: p.name)
+def test_the_commands_of_a_page_run(page, folder):
+    shell(folder, *blocks(page, "shell"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_the_slow_commands_of_a_page_run(page, folder):
+    shell(folder, *blocks(page, "slow shell"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_the_python_of_a_page_runs(page, folder):
+    for text in blocks(page, "python"):
+        done = subprocess.run([sys.executable, "-c", text], cwd=folder, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_the_commands_that_need_the_hub_ask_for_it_and_for_nothing_else(page, folder):
+    """Without a network they end with the sentence about the hub, so their flags and data are right."""
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"}
+    for line in "".join(blocks(page, "hub")).splitlines():
+        command = [sys.executable, "-m", *shlex.split(line)]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 2
+        assert re.search("cannot get timm/nextvit_small.* from the hub", done.stderr), done.stderr
+
+
+def test_make_targets_in_the_pages_exist():
+    targets = re.findall(r"^([\w-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+    text = "".join(page.read_text() for page in [*PAGES, REPOSITORY / "CONTRIBUTING.md"])
+    named = set(re.findall(r"(?:`|^)make ([\w-]+)", text, re.MULTILINE))
+    assert {"demo", "test", "test-all", "lint", "format"} <= named | {"demo"}
+    assert named <= set(targets)
+
+
+def test_every_key_of_a_recipe_is_explained():
+    from nextvit.recipe import Recipe, _keys, to_dict
+
+    page = (REPOSITORY / "docs" / "train.md").read_text()
+    assert [key for key in _keys(to_dict(Recipe())) if f"`{key}`" not in page] == []
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.slow
+def test_the_demo_runs_and_passes_its_gate(tmp_path):
+    """The job of `make demo`; its figures are those of the report."""
+    run = tmp_path / "demo"
+    done = subprocess.run(
+        [sys.executable, "-m", "nextvit.demo", str(run)], capture_output=True, text=True, timeout=1500
+    )
+    assert done.returncode == 0, done.stderr
+    top1 = float(re.search(r"held-out top-1: nextvit_nano ([\d.]+) %", done.stdout)[1])
+    assert top1 >= 87
+    page = (run / "report.html").read_text()
+    assert f"{top1:.1f} %" in page
+    assert page.count("data:image/png;base64,") == 4
+    assert not re.search(r'(src|href)="(?!data:)', page), "the page needs nothing but itself"
+    assert {p.name for p in (run / "plots").glob("*.png")} >= {
+        "curves.png",
+        "confusion-test.png",
+        "samples.png",
+        "latency.png",
+    }
