@@ -1,5 +1,7 @@
 """Shared by the tests: networks whose outputs depend on their input, and small folders of real images."""
 
+import contextlib
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from nextvit.cli import main
 from nextvit.data.demo_images import garments
 
 REPOSITORY = Path(__file__).parents[1]
@@ -86,3 +89,11 @@ def nextvit(*arguments: object, **kwargs) -> subprocess.CompletedProcess:
     """Run the command line in a process of its own."""
     command = [sys.executable, "-m", "nextvit", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def nextvit_here(*arguments: object) -> subprocess.CompletedProcess:
+    """The same within this process: for what is over so soon that a start would be most of the time."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(list(map(str, arguments)))
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())

@@ -10,7 +10,7 @@ from nextvit.benchmark import CONFIDENCE, benchmark, fewest_rounds, median_inter
 from nextvit.errors import UserError
 from nextvit.metadata import Metadata, Preprocess
 from nextvit.runtime.session import Setup
-from tests.conftest import nextvit
+from tests.conftest import nextvit, nextvit_here
 
 
 class Busy:
@@ -90,7 +90,7 @@ def test_the_command_prints_a_row_for_each_runtime_with_threads_and_precision(tm
     ],
 )
 def test_arguments_that_will_not_do_are_refused(flags, message):
-    done = nextvit("benchmark", "nextvit_nano", *flags)
+    done = nextvit_here("benchmark", "nextvit_nano", *flags)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr

@@ -12,14 +12,14 @@ import pytest
 from PIL import Image
 
 from nextvit.data.demo_images import garments
-from tests.conftest import nextvit
+from tests.conftest import nextvit, nextvit_here
 
 VERBS = ["info", "train", "eval", "predict", "export", "benchmark"]
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_shows_an_example(verb):
-    done = nextvit(verb, "--help")
+    done = nextvit_here(verb, "--help")
     assert done.returncode == 0
     assert f"Example: nextvit {verb} " in done.stdout
 
@@ -74,8 +74,9 @@ print(nextvit.load({str(tmp_path / "m.safetensors")!r}).predict([Image.new("RGB"
         (["eval", "nextvit_nano", "demo", "--precision", "fp16"], "fp16"),
     ],
 )
-def test_bad_input_is_a_sentence_and_exit_code_2(arguments, message, tmp_path):
-    done = nextvit(*arguments, cwd=tmp_path)
+def test_bad_input_is_a_sentence_and_exit_code_2(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = nextvit_here(*arguments)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -83,19 +84,19 @@ def test_bad_input_is_a_sentence_and_exit_code_2(arguments, message, tmp_path):
 
 
 def test_debug_shows_the_traceback():
-    done = nextvit("info", "nextvit_smol", "--debug")
+    done = nextvit_here("info", "nextvit_smol", "--debug")
     assert done.returncode == 2
     assert "Traceback" in done.stderr
 
 
 @pytest.mark.parametrize("arguments", [["info"], ["info", "nextvit_tiny"]])
 def test_json_is_one_object_and_nothing_else(arguments):
-    done = nextvit(*arguments, "--json")
+    done = nextvit_here(*arguments, "--json")
     assert isinstance(json.loads(done.stdout), dict)
 
 
 def test_info_of_a_checkpoint_tells_what_it_holds(trained):
-    told = json.loads(nextvit("info", trained / "last.ckpt", "--json").stdout)
+    told = json.loads(nextvit_here("info", trained / "last.ckpt", "--json").stdout)
     assert (told["variant"], told["checkpoint"]["epochs_done"], told["image_size"]) == ("nextvit_nano", 2, 32)
     assert told["metadata"]["labels"] == ["bag", "sandal", "trouser"]
 
@@ -169,7 +170,9 @@ def test_predict_writes_csv_that_a_spreadsheet_can_open_and_pictures(trained, pi
 
 
 def test_predict_strict_fails_when_a_file_does(trained, pictures, tmp_path):
-    done = nextvit("predict", trained / "model.safetensors", pictures, "--strict", "--output", tmp_path / "a.jsonl")
+    done = nextvit_here(
+        "predict", trained / "model.safetensors", pictures, "--strict", "--output", tmp_path / "a.jsonl"
+    )
     assert done.returncode == 2
     assert "1 of 11 files could not be read" in done.stderr
 
@@ -187,10 +190,10 @@ def test_eval_refuses_a_figure_for_a_part_unless_allowed(trained, garment_folder
     folder = tmp_path / "data"
     shutil.copytree(garment_folder, folder)
     (folder / "bag" / "04.jpg").write_bytes(b"broken")
-    done = nextvit("eval", trained / "model.safetensors", folder)
+    done = nextvit_here("eval", trained / "model.safetensors", folder)
     assert done.returncode == 2
     assert "1 of 12 images cannot be read" in done.stderr
-    allowed = nextvit("eval", trained / "model.safetensors", folder, "--allow-bad", "--json")
+    allowed = nextvit_here("eval", trained / "model.safetensors", folder, "--allow-bad", "--json")
     assert allowed.returncode == 0
     told = json.loads(allowed.stdout)
     assert (told["images"], len(told["rejected"])) == (11, 1)
@@ -201,11 +204,11 @@ def test_eval_maps_classes_by_name(trained, garment_folder, tmp_path):
     import shutil
 
     shutil.copytree(garment_folder / "trouser", tmp_path / "val" / "trouser")
-    told = json.loads(nextvit("eval", trained / "model.safetensors", tmp_path, "--json").stdout)
+    told = json.loads(nextvit_here("eval", trained / "model.safetensors", tmp_path, "--json").stdout)
     assert told["per_class"]["trouser"] == told["top1"]
     assert told["per_class"]["bag"] is None
     (tmp_path / "val" / "zebra").mkdir()
-    assert nextvit("eval", trained / "model.safetensors", tmp_path).returncode == 2
+    assert nextvit_here("eval", trained / "model.safetensors", tmp_path).returncode == 2
 
 
 def test_a_second_run_of_the_same_name_gets_a_number(garment_folder, tmp_path):

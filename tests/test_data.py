@@ -234,9 +234,9 @@ def test_augmentation_depends_on_seed_epoch_and_sample_and_not_on_workers(garmen
         assert torch.equal(state, torch.get_rng_state()) or workers, "the loader leaves the model's generator alone"
         return {int(i): image for batch in got for i, image in zip(batch.indices, batch.images, strict=True)}
 
-    first = images(0, range(12), 3)
-    assert all(torch.equal(first[i], image) for i, image in images(2, list(range(11, -1, -1)), 3).items())
-    assert not torch.equal(first[0], images(0, [0], 4)[0])
+    first = images(0, range(12), (0, 3))
+    assert all(torch.equal(first[i], image) for i, image in images(2, list(range(11, -1, -1)), (0, 3)).items())
+    assert not torch.equal(first[0], images(0, [0], (0, 4))[0])
     assert shuffled(50, 1, 2).tolist() == shuffled(50, 1, 2).tolist() != shuffled(50, 1, 3).tolist()
 
 

@@ -18,7 +18,7 @@ from nextvit.errors import Diverged, UserError
 from nextvit.recipe import Recipe, parse_recipe, read_recipe
 from nextvit.train import learning_rate, train
 from nextvit.weights import read_weights
-from tests.conftest import nextvit
+from tests.conftest import nextvit, nextvit_here
 
 SMALL = ["images.size=32", "schedule.epochs=3", "batch_size=8", "schedule.warmup_epochs=1"]
 
@@ -31,6 +31,31 @@ def rows(run: Path) -> list[dict[str, str]]:
 def same_tensors(a: Path, b: Path) -> bool:
     first, second = read_weights(a).tensors, read_weights(b).tensors
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+FLAGS = ["--threads", "1", "--deterministic", *(flag for value in SMALL for flag in ("--set", value))]
+
+
+@pytest.fixture(scope="module")
+def whole(garment_folder, tmp_path_factory) -> Path:
+    """A run that nothing stopped, in a process of its own."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    done = nextvit("train", garment_folder, "--output", run, *FLAGS)
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+def start_and_signal(data: Path, run: Path, number: int, wait: float) -> tuple[int, str]:
+    """Begin the same run, send the signal `wait` seconds into its second epoch -> exit code, standard error."""
+    command = [sys.executable, "-m", "nextvit", "train", str(data), "--output", str(run), *FLAGS]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if line.startswith("epoch 1 of 3"):
+            time.sleep(wait)
+            process.send_signal(number)
+            break
+    _, errors = process.communicate(timeout=60)
+    return process.returncode, errors
 
 
 def test_a_run_folder_holds_what_the_contract_says(trained):
@@ -51,21 +76,11 @@ def test_training_learns_three_easy_classes(garment_folder, tmp_path):
     assert result.metrics.top1 >= 75, "chance is 33 %"
 
 
-def test_resuming_after_sigkill_gives_the_same_run(garment_folder, tmp_path):
+def test_resuming_after_sigkill_gives_the_same_run(whole, garment_folder, tmp_path):
     """Killed in mid-epoch, at a moment that the machine chooses, and resumed until it is done."""
-    flags = ["--threads", "1", "--deterministic", *(f for s in SMALL for f in ("--set", s))]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = nextvit("train", garment_folder, "--output", whole, *flags)
-    assert done.returncode == 0, done.stderr
-    command = [sys.executable, "-m", "nextvit", "train", str(garment_folder)]
-    process = subprocess.Popen([*command, "--output", str(killed), *flags], stderr=subprocess.PIPE, text=True)
-    for line in process.stderr:
-        if line.startswith("epoch 1 of 3"):
-            time.sleep(0.3)  # somewhere in epoch 2
-            process.kill()
-            break
-    process.wait()
-    assert process.returncode == -signal.SIGKILL
+    killed = tmp_path / "killed"
+    code, _ = start_and_signal(garment_folder, killed, signal.SIGKILL, wait=0.3)
+    assert code == -signal.SIGKILL
     assert read_weights(killed / "last.ckpt").state["epoch"] >= 1
     done = nextvit("train", garment_folder, "--resume", killed, "--threads", 1, "--deterministic")
     assert done.returncode == 0, done.stderr
@@ -77,30 +92,43 @@ def test_resuming_after_sigkill_gives_the_same_run(garment_folder, tmp_path):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_in_mid_epoch_and_resuming_gives_the_same_run(number, code, garment_folder, tmp_path):
-    flags = [
-        "--threads",
-        "1",
-        "--deterministic",
-        *(f for s in [*SMALL, "schedule.epochs=2", "batch_size=2"] for f in ("--set", s)),
-    ]
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert nextvit("train", garment_folder, "--output", whole, *flags).returncode == 0
-    command = [sys.executable, "-m", "nextvit", "train", str(garment_folder), "--output", str(stopped), *flags]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    for line in process.stderr:
-        if line.startswith("epoch 1 of 2"):
-            time.sleep(0.2)
-            process.send_signal(number)
-            break
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == code, errors
+def test_a_signal_saves_and_resuming_gives_the_same_run(number, code, whole, garment_folder, tmp_path):
+    stopped = tmp_path / "stopped"
+    found, errors = start_and_signal(garment_folder, stopped, number, wait=0.1)
+    assert found == code, errors
     assert f"--resume {stopped}" in errors
     state = read_weights(stopped / "last.ckpt").state
-    assert (state["epoch"], state["step"]) > (0, 0)
-    assert nextvit("train", garment_folder, "--resume", stopped, "--threads", 1, "--deterministic").returncode == 0
+    assert (1, 0) < (state["epoch"], state["step"]) < (3, 0)
+    done = nextvit("train", garment_folder, "--resume", stopped, "--threads", 1, "--deterministic")
+    assert done.returncode == 0, done.stderr
     assert rows(stopped) == rows(whole)
     assert same_tensors(stopped / "model.safetensors", whole / "model.safetensors")
+
+
+@pytest.mark.parametrize("step", [1, 3, 6])
+def test_a_stop_after_any_step_resumes_to_the_same_run(step, whole, garment_folder, tmp_path, monkeypatch):
+    """In mid-epoch and after its last step (6 an epoch); the signal is raised by the step itself."""
+    from nextvit import train as module
+
+    honest, calls = module.train_step, []
+
+    def signalling(*arguments):
+        calls.append(1)
+        if len(calls) == step:
+            signal.raise_signal(signal.SIGTERM)
+        return honest(*arguments)
+
+    recipe = read_recipe("default", SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train_step", signalling)
+        with pytest.raises(module.Interrupted):
+            train(garment_folder, recipe, tmp_path / "run", weights="none", threads=1, workers=0, deterministic=True)
+    state = read_weights(tmp_path / "run" / "last.ckpt").state
+    assert (state["epoch"], state["step"]) == (0, step)
+    train(garment_folder, recipe, tmp_path / "run", resume=True, threads=1, workers=0, deterministic=True)
+    torch.use_deterministic_algorithms(False)
+    assert rows(tmp_path / "run") == rows(whole)
+    assert same_tensors(tmp_path / "run" / "model.safetensors", whole / "model.safetensors")
 
 
 def test_a_whole_checkpoint_exists_after_a_kill_at_every_step_of_saving(garment_folder, tmp_path, monkeypatch):
@@ -155,13 +183,13 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(damage, trained,
     good = (run / "last.ckpt").read_bytes()
     bad = {"empty": b"", "half": good[: len(good) // 2], "last byte": good[:-1], "random": os.urandom(5000)}[damage]
     (run / "last.ckpt").write_bytes(bad)
-    done = nextvit("train", garment_folder, "--resume", run)
+    done = nextvit_here("train", garment_folder, "--resume", run)
     assert done.returncode == 0, done.stderr
     assert f"warning: {run / 'last.ckpt'}" in done.stderr
     assert "resuming" in done.stderr
     assert "1 of 2 epochs done" in done.stderr
     (run / "last.ckpt").write_bytes(bad)
-    explicit = nextvit("info", run / "last.ckpt")
+    explicit = nextvit_here("info", run / "last.ckpt")
     assert explicit.returncode == 2
     assert explicit.stderr.count("\n") == 1
 
@@ -181,7 +209,7 @@ def test_images_that_cannot_be_read_are_left_out_and_listed(garment_folder, tmp_
     planted = [folder / "bag" / "03.jpg", folder / "trouser" / "11.jpg"]
     for path in planted:
         path.write_bytes(path.read_bytes()[:200])
-    done = nextvit("train", folder, "--output", tmp_path / "run", *(f for s in SMALL for f in ("--set", s)))
+    done = nextvit_here("train", folder, "--output", tmp_path / "run", *(f for s in SMALL for f in ("--set", s)))
     assert done.returncode == 0, done.stderr
     with open(tmp_path / "run" / "rejected.csv", newline="") as file:
         assert [row["file"] for row in csv.DictReader(file)] == [str(path) for path in planted]
@@ -209,14 +237,14 @@ def test_data_that_cannot_train_is_refused_before_it_starts(files, message, tmp_
 
 def test_an_existing_run_is_never_overwritten_and_other_data_are_refused(trained, garment_folder, tmp_path):
     before = (trained / "last.ckpt").read_bytes()
-    done = nextvit("train", garment_folder, "--output", trained)
+    done = nextvit_here("train", garment_folder, "--output", trained)
     assert done.returncode == 2
     assert "--resume" in done.stderr
     for label in ("a", "b"):
         (tmp_path / label).mkdir()
         for index in range(3):
             Image.new("RGB", (40, 40)).save(tmp_path / label / f"{index}.png")
-    done = nextvit("train", tmp_path, "--resume", trained)
+    done = nextvit_here("train", tmp_path, "--resume", trained)
     assert done.returncode == 2
     assert "trained with other images" in done.stderr
     assert (trained / "last.ckpt").read_bytes() == before

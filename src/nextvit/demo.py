@@ -183,7 +183,7 @@ def write_report(
         for name, s in scores.items()
     ]
     with open(run / "metrics.csv", encoding="utf-8", newline="") as file:
-        epochs = [{key: value[:7] for key, value in row.items()} for row in csv.DictReader(file)]
+        epochs = [{key: f"{float(value):.5g}" for key, value in row.items()} for row in csv.DictReader(file)]
     folder = run / "plots"
     wait = os.environ.get("OMP_WAIT_POLICY", "not set")
     parts = [

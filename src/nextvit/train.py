@@ -6,7 +6,7 @@ import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from nextvit.backbone import NextViT
 from nextvit.create import create_model, open_checkpoint
 from nextvit.data.folders import Split, read_split
-from nextvit.data.loader import Transform, batches, eval_transform, shuffled
+from nextvit.data.loader import Batch, Transform, batches, eval_transform, shuffled
 from nextvit.devices import DTYPES, cpu_count, pick_device, pick_precision, set_threads
 from nextvit.errors import Diverged, UserError
 from nextvit.evaluate import Evaluation, evaluate
 from nextvit.extras import need
-from nextvit.files import replacing, write_rows, write_text
-from nextvit.metadata import Metadata, Preprocess
+from nextvit.files import replacing, sweep, write_rows, write_text
+from nextvit.metadata import Preprocess
 from nextvit.progress import say, track
 from nextvit.recipe import Recipe
 from nextvit.tasks import classify
@@ -38,12 +38,51 @@ class Epoch:
     """A row of metrics.csv."""
 
     epoch: int  # from 1
-    lr: float  # at the end of the epoch
+    lr: float  # at the last step of the epoch
     train_loss: float  # mean over the epoch's images, with label smoothing
     val_loss: float  # cross entropy
     val_top1: float  # percent
     val_top5: float
     images: int  # seen in training so far
+
+
+@dataclass
+class Position:
+    """Where a run is; with the tensors it is all that a checkpoint holds."""
+
+    epoch: int = 0  # whole epochs done
+    step: int = 0  # steps done in the next one
+    images: int = 0  # seen so far
+    loss_sum: float = 0.0  # over the images of the epoch that has begun
+    loss_images: int = 0
+    history: list[Epoch] = field(default_factory=list)
+    rejected: dict[str, str] = field(default_factory=dict)  # file -> why
+
+
+@dataclass
+class Run:
+    """Everything that the loop works on."""
+
+    recipe: Recipe
+    folder: Path
+    training: Split
+    validation: Split
+    model: NextViT
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    device: torch.device
+    precision: str
+    workers: int
+    position: Position
+
+    @property
+    def batch_size(self) -> int:
+        return min(self.recipe.batch_size, len(self.training))
+
+    @property
+    def steps(self) -> int:
+        """Of an epoch; its last images are left out where the number does not divide."""
+        return len(self.training) // self.batch_size
 
 
 class Interrupted(Exception):
@@ -60,7 +99,7 @@ class Interrupted(Exception):
 def train(
     data: str | Path,
     recipe: Recipe,
-    run: Path,
+    folder: Path,
     *,
     weights: str | None = None,
     resume: bool = False,
@@ -70,147 +109,110 @@ def train(
     workers: int | None = None,
     deterministic: bool = False,
 ) -> Evaluation:
-    """Train a classifier on the folder `data` and keep everything in the folder `run`.
+    """Train a classifier on the images of `data` and keep everything in the run folder `folder`.
 
     weights: a file, a published tag, "none", or None: published weights where the variant has them, else from scratch.
-    resume: go on from the newest whole checkpoint in `run`, with the recipe that it was started with.
+    resume: go on from the newest whole checkpoint in `folder`, with the recipe that it was started with.
     workers: processes that load images; None: one beside a CPU that trains, up to eight for a GPU.
 
     Returns the evaluation of the best epoch on `val`. Raises UserError for data or arguments that do not fit, Diverged
     when a loss is not finite (the last checkpoint is kept), Interrupted after a signal, once the state is saved.
     """
-    place = pick_device(device)
-    if workers is None:
-        workers = min(8, cpu_count()) if place.type == "cuda" else 1
-    chosen = pick_precision(precision, place)
-    set_threads(threads)
-    saved = _newest_checkpoint(run) if resume else None
-    training = read_split(data, "train")
-    if len(training.labels) < 2:
-        raise UserError(f"{data} has one class only ({training.labels[0]}); a classifier needs two or more.")
-    if len(training) < 2:
-        raise UserError(f"{data} has one training image only; a network with BatchNorm needs two or more.")
-    validation = read_split(data, "val", training.labels)
-    for note in training.notes + validation.notes:
-        say(f"note: {note}.")
-
-    torch.manual_seed(recipe.seed)
-    if deterministic:
-        torch.use_deterministic_algorithms(True)
-    model = _new_model(recipe, training.labels, weights, saved).to(place)
-    groups = _parameter_groups(model, recipe.optimizer.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=recipe.optimizer.lr, fused=place.type != "mps")
-    scaler = torch.amp.GradScaler(place.type, enabled=chosen == "fp16")
-    batch_size = min(recipe.batch_size, len(training))
-    steps = len(training) // batch_size  # an epoch's; its last images are left out where the number does not divide
-    history: list[Epoch] = []
-    rejected: dict[str, str] = {}  # file -> why
-    first_epoch = first_step = 0
-    seen, loss_sum, loss_count = 0, 0.0, 0
-    best_merit = (-1.0, 0.0)
-    if saved is not None and saved.state is not None:
-        state = saved.state
-        _check_same_data(state, training, run)
-        load_training_state(saved, optimizer, scaler, place)
-        history = [Epoch(**row) for row in state["history"]]
-        rejected = state["rejected"]
-        first_epoch, first_step = state["epoch"], state["step"]
-        seen, loss_sum, loss_count = state["seen"], state["loss_sum"], state["loss_count"]
-        best_merit = max((_merit(row) for row in history), default=best_merit)
-        say(f"resuming {run}: {first_epoch} of {recipe.schedule.epochs} epochs done, at step {first_step}.")
-
-    write_text(run / "recipe.yaml", recipe.to_yaml())
-    transform = train_transform(recipe, model.metadata.preprocess)
+    run = _prepare(data, recipe, folder, weights, resume, device, precision, threads, workers, deterministic)
+    write_text(folder / "recipe.yaml", recipe.to_yaml())
     say(
-        f"{recipe.model} on {len(training)} images of {len(training.labels)} classes, {len(validation)} to validate; "
-        f"{place}, {chosen}, {torch.get_num_threads()} threads, batch {batch_size}."
+        f"{recipe.model} on {len(run.training)} images of {len(run.training.labels)} classes, {len(run.validation)} to "
+        f"validate; {run.device}, {run.precision}, {torch.get_num_threads()} threads, batch {run.batch_size}."
     )
+    with _signals() as received:
+        while run.position.epoch < recipe.schedule.epochs:
+            train_epoch(run, received)
+            finish_epoch(run)
+            if received:
+                raise Interrupted(received[0])
+    if run.position.rejected:
+        rows = [{"file": file, "reason": why} for file, why in sorted(run.position.rejected.items())]
+        write_rows(folder / "rejected.csv", rows)
+        say(f"note: {len(rows)} images could not be read and were left out; {folder / 'rejected.csv'} names them.")
+    best = open_checkpoint(folder / "model.safetensors").to(run.device)
+    return validate(best, run.validation, run.device, run.batch_size)
 
-    def save(name: str, epoch: int, step: int) -> None:
-        state = {
-            "epoch": epoch,
-            "step": step,
-            "seen": seen,
-            "loss_sum": loss_sum,
-            "loss_count": loss_count,
-            "history": [asdict(row) for row in history],
-            "rejected": rejected,
-            "data": _fingerprint(training),
-            "scaler": scaler.state_dict(),
-        }
-        _save_checkpoint(run / name, model, optimizer, state, place)
 
-    with _signals() as stop:
-        for epoch in range(first_epoch, recipe.schedule.epochs):
-            model.train()
-            order = shuffled(len(training), recipe.seed, epoch)[first_step * batch_size : steps * batch_size]
-            source = batches(
-                training,
-                transform,
-                batch_size=batch_size,
-                order=order,
-                seed=recipe.seed * 100_003 + epoch,
-                workers=workers,
-                pin_memory=place.type == "cuda",
-            )
-            label = f"epoch {epoch + 1} of {recipe.schedule.epochs}"
-            numbered = enumerate(source, first_step)
-            for step, batch in track(
-                numbered, total=steps, label=label, unit="images", per_item=batch_size, done=first_step
-            ):
-                for index, why in batch.rejected:
-                    rejected[str(training.files[index])] = why
-                if len(batch.indices) >= 2:  # BatchNorm cannot normalise a single value
-                    lr = learning_rate(epoch + step / steps, recipe)
-                    for group in optimizer.param_groups:
-                        group["lr"] = lr
-                    images = batch.images.to(place, non_blocking=True, memory_format=torch.channels_last)
-                    targets = batch.targets.to(place, non_blocking=True)
-                    with torch.autocast(place.type, DTYPES[chosen], enabled=chosen != "fp32"):
-                        logits = model(images)
-                    loss = classify.loss(logits.float(), targets, label_smoothing=recipe.label_smoothing)
-                    if not torch.isfinite(loss):
-                        raise Diverged(
-                            f"the loss is not finite at epoch {epoch + 1}, step {step}, learning rate {lr:.2g}; lower "
-                            f"it with --set optimizer.lr=..., and resume from {run} or start again."
-                        )
-                    optimizer.zero_grad(set_to_none=True)
-                    scaler.scale(loss).backward()
-                    scaler.unscale_(optimizer)
-                    nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip_norm)
-                    scaler.step(optimizer)
-                    scaler.update()
-                    seen += len(targets)
-                    loss_sum += loss.item() * len(targets)
-                    loss_count += len(targets)
-                if stop:
-                    save(LAST, epoch, step + 1)
-                    raise Interrupted(stop[0])
-            if not loss_count:
-                raise UserError(
-                    f"no image of {data} could be trained on: {next(iter(rejected.values()), 'none is there')}"
-                )
+def train_epoch(run: Run, received: Sequence[int]) -> None:
+    """The steps of the epoch that are not done yet. After a signal it saves at the next step and raises Interrupted."""
+    at, recipe = run.position, run.recipe
+    order = shuffled(len(run.training), recipe.seed, at.epoch)[at.step * run.batch_size : run.steps * run.batch_size]
+    loaded = batches(
+        run.training,
+        train_transform(recipe, run.model.metadata.preprocess),
+        batch_size=run.batch_size,
+        order=order,
+        seed=(recipe.seed, at.epoch),
+        workers=run.workers,
+        pin_memory=run.device.type == "cuda",
+    )
+    label = f"epoch {at.epoch + 1} of {recipe.schedule.epochs}"
+    run.model.train()
+    for batch in track(loaded, total=run.steps, label=label, unit="images", per_item=run.batch_size, done=at.step):
+        at.rejected |= {str(run.training.files[index]): why for index, why in batch.rejected}
+        count = len(batch.indices)
+        if count >= 2:  # BatchNorm cannot normalise a single value
+            loss = train_step(run, batch, learning_rate(at.epoch + at.step / run.steps, recipe))
+            at.images += count
+            at.loss_sum += loss * count
+            at.loss_images += count
+        at.step += 1
+        if received:
+            save_checkpoint(run, LAST)
+            raise Interrupted(received[0])
 
-            result = validate(model, validation, place, batch_size)
-            m = result.metrics
-            row = Epoch(epoch + 1, lr, loss_sum / loss_count, m.loss, m.top1, m.top5, seen)
-            history.append(row)
-            first_step, loss_sum, loss_count = 0, 0.0, 0
-            write_rows(run / "metrics.csv", [asdict(r) for r in history])
-            save(LAST, epoch + 1, 0)
-            if _merit(row) > best_merit:
-                best_merit = _merit(row)
-                save(BEST, epoch + 1, 0)
-                save_weights(run / "model.safetensors", model.state_dict(), _trained(model, recipe))
-            say(f"{label}: train loss {row.train_loss:.3f}, val loss {m.loss:.3f}, val top-1 {m.top1:.1f} %")
-            if stop:
-                raise Interrupted(stop[0])
 
-    if rejected:
-        write_rows(run / "rejected.csv", [{"file": file, "reason": why} for file, why in sorted(rejected.items())])
-        say(f"note: {len(rejected)} images could not be read and were left out; {run / 'rejected.csv'} names them.")
-    best = open_checkpoint(run / "model.safetensors").to(place)
-    return validate(best, validation, place, batch_size)
+def train_step(run: Run, batch: Batch, lr: float) -> float:
+    """Forward, backward, clip, step. Returns the loss; one that is not finite raises Diverged and changes nothing."""
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    images = batch.images.to(run.device, non_blocking=True)
+    targets = batch.targets.to(run.device, non_blocking=True)
+    with torch.autocast(run.device.type, DTYPES[run.precision], enabled=run.precision != "fp32"):
+        logits = run.model(images)
+    loss = classify.loss(logits.float(), targets, label_smoothing=run.recipe.label_smoothing)
+    if not torch.isfinite(loss):
+        raise Diverged(
+            f"the loss is not finite at epoch {run.position.epoch + 1}, step {run.position.step}, learning rate "
+            f"{lr:.2g}; lower it with --set optimizer.lr=..., in a new run."
+        )
+    run.optimizer.zero_grad(set_to_none=True)
+    run.scaler.scale(loss).backward()
+    run.scaler.unscale_(run.optimizer)
+    nn.utils.clip_grad_norm_(run.model.parameters(), run.recipe.optimizer.clip_norm)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    return loss.item()
+
+
+def finish_epoch(run: Run) -> None:
+    """Validate, and save what the epoch came to."""
+    at, recipe = run.position, run.recipe
+    if not at.loss_images:
+        why = next(iter(at.rejected.values()), "no batch has two images")
+        raise UserError(f"no image of {run.training.name} could be trained on: {why}")
+    m = validate(run.model, run.validation, run.device, run.batch_size).metrics
+    lr = learning_rate(at.epoch + 1 - 1 / run.steps, recipe)
+    row = Epoch(at.epoch + 1, lr, at.loss_sum / at.loss_images, m.loss, m.top1, m.top5, at.images)
+    best = max(map(_merit, at.history), default=(-1.0, 0.0))
+    at.history.append(row)
+    at.epoch, at.step, at.loss_sum, at.loss_images = at.epoch + 1, 0, 0.0, 0
+    # last.ckpt comes last: what its history tells must be there already.
+    if _merit(row) > best:
+        save_checkpoint(run, BEST)
+        metadata = replace(run.model.metadata, recipe=recipe.sha256)
+        save_weights(run.folder / "model.safetensors", run.model.state_dict(), metadata)
+    write_rows(run.folder / "metrics.csv", [asdict(row) for row in at.history])
+    save_checkpoint(run, LAST)
+    say(
+        f"epoch {at.epoch} of {recipe.schedule.epochs}: train loss {row.train_loss:.3f}, val loss {m.loss:.3f}, "
+        f"val top-1 {m.top1:.1f} %"
+    )
 
 
 def _merit(row: Epoch) -> tuple[float, float]:
@@ -254,6 +256,49 @@ def train_transform(recipe: Recipe, p: Preprocess) -> Transform:
             v2.Normalize(p.mean, p.std),
         ]
     )
+
+
+def _prepare(
+    data: str | Path,
+    recipe: Recipe,
+    folder: Path,
+    weights: str | None,
+    resume: bool,
+    device: str,
+    precision: str,
+    threads: int | None,
+    workers: int | None,
+    deterministic: bool,
+) -> Run:
+    """Check everything before anything is written, and build the run as it starts or as it was left."""
+    place = pick_device(device)
+    chosen = pick_precision(precision, place)
+    set_threads(threads)
+    if workers is None:
+        workers = min(8, cpu_count()) if place.type == "cuda" else 1
+    saved = _newest_checkpoint(folder) if resume else None
+    training = read_split(data, "train")
+    if len(training.labels) < 2:
+        raise UserError(f"{data} has one class only ({training.labels[0]}); a classifier needs two or more.")
+    if len(training) < 2:
+        raise UserError(f"{data} has one training image only; a network with BatchNorm needs two or more.")
+    validation = read_split(data, "val", training.labels)
+    for note in training.notes + validation.notes:
+        say(f"note: {note}.")
+    if saved is not None:
+        _check_same_data(saved, training, folder)
+        sweep(folder)
+    torch.manual_seed(recipe.seed)
+    torch.use_deterministic_algorithms(deterministic)
+    model = _new_model(recipe, training.labels, weights, saved).to(place)
+    groups = _parameter_groups(model, recipe.optimizer.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=recipe.optimizer.lr, fused=place.type != "mps")
+    scaler = torch.amp.GradScaler(place.type, enabled=chosen == "fp16")
+    position = Position()
+    if saved is not None:
+        position = load_training_state(saved, optimizer, scaler, place)
+        say(f"resuming {folder}: {position.epoch} of {recipe.schedule.epochs} epochs done, at step {position.step}.")
+    return Run(recipe, folder, training, validation, model, optimizer, scaler, place, chosen, workers, position)
 
 
 def _new_model(recipe: Recipe, labels: Sequence[str], weights: str | None, saved: WeightFile | None) -> NextViT:
@@ -310,43 +355,41 @@ def new_run_folder(data: str | Path, recipe: Recipe) -> Path:
     return folder
 
 
-def _trained(model: NextViT, recipe: Recipe) -> Metadata:
-    return replace(model.metadata, recipe=recipe.sha256)
-
-
 def _fingerprint(split: Split) -> dict[str, Any]:
     return {"images": len(split), "labels": list(split.labels)}
 
 
-def _check_same_data(state: dict[str, Any], training: Split, run: Path) -> None:
+def _check_same_data(saved: WeightFile, training: Split, folder: Path) -> None:
     for key, value in _fingerprint(training).items():
-        if state["data"][key] != value:
+        before = (saved.state or {})["data"][key]
+        if before != value:
             raise UserError(
-                f"{run} was trained with other {key} ({state['data'][key]}, now {value}); give the same data, or start "
-                "a new run with --weights."
+                f"{folder} was trained with other {key} ({before}, now {value}); give the same data, or start a new "
+                "run with --weights."
             )
 
 
-def _save_checkpoint(
-    path: Path, model: NextViT, optimizer: torch.optim.Optimizer, state: dict[str, Any], place: torch.device
-) -> None:
-    """Model, optimiser and generators as tensors, the rest as JSON; the last checkpoint becomes the one before it."""
-    tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
-    for index, moments in optimizer.state_dict()["state"].items():
+def save_checkpoint(run: Run, name: str) -> None:
+    """Model, optimiser and generators as tensors, the rest as JSON; a last checkpoint becomes the one before it."""
+    path = run.folder / name
+    tensors = {f"model.{key}": value for key, value in run.model.state_dict().items()}
+    for index, moments in run.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": value for key, value in moments.items()}
     tensors["generator.cpu"] = torch.get_rng_state()
-    if place.type == "cuda":
-        tensors["generator.cuda"] = torch.cuda.get_rng_state(place)
+    if run.device.type == "cuda":
+        tensors["generator.cuda"] = torch.cuda.get_rng_state(run.device)
+    state = {**asdict(run.position), "data": _fingerprint(run.training), "scaler": run.scaler.state_dict()}
     with replacing(path) as unfinished:
-        save_weights(unfinished, tensors, model.metadata, state)
-        if path.name == LAST and path.exists():
+        save_weights(unfinished, tensors, run.model.metadata, state)
+        if name == LAST and path.exists():
             path.replace(path.with_name(PREVIOUS))
 
 
 def load_training_state(
     saved: WeightFile, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, place: torch.device
-) -> None:
-    """Put the optimiser, the loss scale and the generators back as they were."""
+) -> Position:
+    """Put the optimiser, the loss scale and the generators back as they were; returns where the run was."""
+    state = saved.state or {}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     moments: dict[int, dict[str, Tensor]] = {}
     for key, tensor in saved.tensors.items():
@@ -358,10 +401,12 @@ def load_training_state(
                 tensor = torch.empty_like(parameter, requires_grad=False).copy_(tensor)
             moments.setdefault(int(index), {})[name] = tensor
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    scaler.load_state_dict((saved.state or {})["scaler"])
+    scaler.load_state_dict(state["scaler"])
     torch.set_rng_state(saved.tensors["generator.cpu"])
     if place.type == "cuda" and "generator.cuda" in saved.tensors:
         torch.cuda.set_rng_state(saved.tensors["generator.cuda"], place)
+    known = {f.name: state[f.name] for f in fields(Position)}
+    return Position(**{**known, "history": [Epoch(**row) for row in state["history"]]})
 
 
 def _newest_checkpoint(run: Path) -> WeightFile:

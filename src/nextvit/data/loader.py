@@ -27,7 +27,7 @@ class Batch:
 
 
 class _Images(Dataset):
-    def __init__(self, split: Split, transform: Transform, seed: int | None):
+    def __init__(self, split: Split, transform: Transform, seed: tuple[int, ...] | None):
         self.split, self.transform, self.seed = split, transform, seed
 
     def __len__(self) -> int:
@@ -42,7 +42,7 @@ class _Images(Dataset):
             return index, self.transform(image)
         # A sample's augmentation depends on the seed, the epoch and the sample: not on workers or on what ran before.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed * 1_000_003 + index)
+            torch.manual_seed(int(np.random.SeedSequence((*self.seed, index)).generate_state(1, np.uint64)[0]))
             return index, self.transform(image)
 
 
@@ -72,13 +72,14 @@ def batches(
     *,
     batch_size: int,
     order: Sequence[int] | np.ndarray | None = None,
-    seed: int | None = None,
+    seed: tuple[int, ...] | None = None,
     workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
     """Batches of the split.
 
-    order: indices to go through; None: all, in order. seed: of the augmentation, one for each epoch; None: it has none.
+    order: indices to go through; None: all, in order. seed: numbers that the augmentation depends on, such as
+    the run's seed and the epoch; None: there is no augmentation.
     """
     loader = DataLoader(
         _Images(split, transform, seed),
