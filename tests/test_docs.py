@@ -83,7 +83,7 @@ def test_the_commands_that_need_the_hub_ask_for_it_and_for_nothing_else(page, fo
 def test_make_targets_in_the_pages_exist():
     targets = re.findall(r"^([\w-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
     text = "".join(page.read_text() for page in [*PAGES, REPOSITORY / "CONTRIBUTING.md"])
-    named = set(re.findall(r"(?:`|^)make ([\w-]+)", text, re.MULTILINE))
+    named = set(re.findall(r"(?:`|```\n)make ([\w-]+)", text))
     assert {"demo", "test", "test-all", "lint", "format"} <= named
     assert named <= set(targets)
 
