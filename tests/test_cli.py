@@ -177,6 +177,15 @@ def test_predict_strict_fails_when_a_file_does(trained, pictures, tmp_path):
     assert "1 of 11 files could not be read" in done.stderr
 
 
+def test_predict_json_holds_the_answers(trained, pictures):
+    told = json.loads(nextvit_here("predict", trained / "model.safetensors", pictures, "--json").stdout)
+    assert (told["files"], told["answered"], told["rejected"], len(told["answers"])) == (11, 10, 1, 11)
+
+
+def test_random_weights_are_said_to_be_random(pictures):
+    assert "random weights" in nextvit_here("predict", "nextvit_nano", pictures / "0.png").stderr
+
+
 def test_predict_survives_a_reader_that_goes_away(trained, pictures):
     command = f"{sys.executable} -m nextvit predict {trained / 'model.safetensors'} {pictures} | head -n 1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True)

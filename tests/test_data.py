@@ -103,6 +103,7 @@ def _bad_files(folder: Path, photograph: Image.Image) -> list[Path]:
     photograph.save(folder / "figure.eps", format="EPS")
     Image.new("1", (20_000, 20_000)).save(folder / "bomb.png")
     Image.new("L", (40_000, 1)).save(folder / "long.png")
+    Image.new("L", (32_768, 3)).save(folder / "thin.png")
     Image.fromarray(np.ones((8, 8), np.float32)).save(folder / "float.tiff")
     os.mkfifo(folder / "pipe.jpg")
     (folder / "dangling.jpg").symlink_to("nowhere")
@@ -111,7 +112,7 @@ def _bad_files(folder: Path, photograph: Image.Image) -> list[Path]:
 
 def test_bad_files_are_rejected_by_name_quickly_and_without_decoding_bombs(photograph, tmp_path):
     files = _bad_files(tmp_path, photograph)
-    assert len(files) == 10
+    assert len(files) == 11
     for file in files:
         with pytest.raises(ImageRejected, match=file.name) as error:
             read_image(file)
@@ -200,6 +201,8 @@ def test_folders_that_hold_no_data_set_are_refused_with_what_to_do(tmp_path):
         read_split(tmp_path / "missing", "train")
     with pytest.raises(UserError, match="no class folders; put the images of each class"):
         read_split(tmp_path, "train")
+    with pytest.raises(UserError, match="gives train and val, not 'test'"):
+        read_split(_folder(tmp_path / "single", {"a": ["1.png"]}), "test")
     with pytest.raises(UserError, match="no val/ folder, only train"):
         read_split(_folder(tmp_path, {"train/a": ["1.png"]}), "val")
 

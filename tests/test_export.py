@@ -12,7 +12,7 @@ import nextvit
 from nextvit.errors import ParityError, UserError
 from nextvit.exporters import export as export_module
 from nextvit.runtime.open import open_session
-from tests.conftest import fill
+from tests.conftest import fill, nextvit_here
 from tests.conftest import nextvit as run
 
 ENDINGS = [".onnx", ".xml"]
@@ -83,6 +83,9 @@ def test_static_export_fixes_the_size(tmp_path):
         assert session(np.zeros((1, 3, 64, 64), np.float32)).shape == (1, 5)
         with pytest.raises(Exception, match=r"(?i)dimension|shape|size"):
             session(np.zeros((2, 3, 96, 64), np.float32))
+        images = [np.full((50, 60, 3), value, np.uint8) for value in (0, 128, 255)]
+        one_by_one = [nextvit.load(tmp_path / f"m{ending}").predict([image])[0] for image in images]
+        assert nextvit.load(tmp_path / f"m{ending}").predict(images) == one_by_one, "a fixed batch is the file's affair"
 
 
 @pytest.mark.parametrize("channels", [1, 4])
@@ -161,6 +164,31 @@ def test_an_ending_that_is_no_format_is_refused_with_those_that_are(target, tmp_
         nextvit.export(nextvit.create_model("nextvit_nano"), tmp_path / target)
 
 
+def test_export_leaves_the_model_as_it_was(tmp_path):
+    model = fill(nextvit.create_model("nextvit_nano", num_classes=3)).double().train()
+    nextvit.export(model, tmp_path / "m.onnx")
+    assert model.training
+    assert model.head.fc.weight.dtype == torch.float64
+
+
+def test_a_model_that_is_not_what_its_metadata_says_is_refused(tmp_path):
+    model = fill(nextvit.create_model("nextvit_nano", num_classes=3))
+    model.head.fc = torch.nn.Linear(512, 7)
+    with pytest.raises(UserError, match="7 outputs and its metadata 3 classes"):
+        nextvit.export(model, tmp_path / "m.onnx")
+    with pytest.raises(UserError, match="not Linear"):
+        nextvit.export(torch.nn.Linear(2, 2), tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_format_and_the_output_must_agree(tmp_path):
+    done = nextvit_here("export", "nextvit_nano", "--to", "onnx", "--output", tmp_path / "m.xml")
+    assert (done.returncode, "--to onnx writes .onnx files" in done.stderr) == (2, True)
+    (tmp_path / "folder.onnx").mkdir()
+    done = nextvit_here("export", "nextvit_nano", "--to", "onnx", "--output", tmp_path / "folder.onnx")
+    assert (done.returncode, "is a folder" in done.stderr) == (2, True)
+
+
 def test_export_eval_and_predict_of_a_trained_run_agree(trained, garment_folder, tmp_path):
     """The command line: a checkpoint and both exported files give the same metrics and the same answers."""
     images = sorted((garment_folder / "bag").iterdir())[:3]
@@ -197,6 +225,10 @@ def test_a_predictor_takes_paths_pil_images_and_arrays_alike(trained, garment_fo
     assert predictor.predict([]) == []
     with pytest.raises(UserError, match="a list of images"):
         predictor.predict(str(path))
+    batch = np.random.default_rng(0).standard_normal((2, 3, 32, 40), dtype=np.float32)
+    assert np.array_equal(predictor.run(batch[:, ::-1]), predictor.run(batch[:, ::-1].copy()))
+    with pytest.raises(UserError, match="1 x 1 pixels is too small"):
+        predictor.run(batch[:, :, :1, :1])
     with pytest.raises(UserError, match=r"float32 of shape \(B, 3, H, W\)"):
         predictor.run(np.zeros((3, 32, 32), np.float32))
 

@@ -250,6 +250,29 @@ def test_an_existing_run_is_never_overwritten_and_other_data_are_refused(trained
     assert (trained / "last.ckpt").read_bytes() == before
 
 
+def test_a_run_without_its_weight_file_gets_it_back_from_the_best_checkpoint(trained, garment_folder, tmp_path):
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    (run / "model.safetensors").unlink()
+    train(garment_folder, read_recipe(str(run / "recipe.yaml")), run, resume=True, workers=0)
+    assert same_tensors(run / "model.safetensors", trained / "model.safetensors")
+
+
+def test_class_names_that_are_odd_do_not_spoil_a_run(tmp_path):
+    for label in (b"nextvit-sha256:", b"\xff", "naïve 😀".encode()):
+        folder = os.path.join(os.fsencode(tmp_path / "data"), label)
+        os.makedirs(folder)
+        for index in range(3):
+            with open(os.path.join(folder, b"%d.png" % index), "wb") as file:
+                Image.new("RGB", (40, 40), (index, 0, 0)).save(file, format="PNG")
+    done = nextvit_here("train", tmp_path / "data", "--epochs", 1, "--image-size", 32, "--output", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    labels = read_weights(tmp_path / "run" / "model.safetensors").metadata.labels
+    assert sorted(map(os.fsencode, labels)) == sorted((b"nextvit-sha256:", b"\xff", "naïve 😀".encode()))
+
+
 def test_the_rate_warms_up_linearly_and_falls_as_a_cosine():
     recipe = parse_recipe("optimizer: {lr: 1.0e-3}\nschedule: {epochs: 10, warmup_epochs: 2, min_lr: 1.0e-5}", "test")
     assert learning_rate(0, recipe) == pytest.approx(1e-5)

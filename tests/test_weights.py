@@ -168,6 +168,14 @@ def test_weights_that_are_not_finite_are_refused(nano_file, tmp_path):
         nextvit.create_model("nextvit_nano", weights=tmp_path / "nan.safetensors")
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"num_classes": "3"}, {"num_classes": 0}, {"in_channels": 1.5}, {"drop_path_rate": 1.0}]
+)
+def test_arguments_out_of_range_are_refused(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        nextvit.create_model("nextvit_nano", **wrong)
+
+
 def test_an_unknown_name_offers_the_nearest():
     with pytest.raises(ValueError, match="did you mean nextvit_small"):
         nextvit.create_model("nextvit_smal")

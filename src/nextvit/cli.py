@@ -194,6 +194,7 @@ def evaluate(
     from nextvit.runtime.predictor import Predictor
 
     predictor = Predictor(open_session(model, weights=weights, device=device, threads=threads, precision=precision))
+    _warn_of_random_weights(model, weights)
     part = read_split(data, split or default_eval_split(data), predictor.labels)
     source = batches(part, eval_transform(predictor.metadata.preprocess), batch_size=batch_size)
     result = run_evaluation(predictor.run, source, part, total=-(-len(part) // batch_size))
@@ -232,18 +233,20 @@ def predict(
     debug: Debug = False,
 ) -> None:
     """Label images: one row a file, in order, with the best labels and their scores, or why it could not be read."""
+    from nextvit.data.images import printable
     from nextvit.data.sources import expand
     from nextvit.progress import track
-    from nextvit.results import draw, open_results
+    from nextvit.results import collecting, draw, open_results
     from nextvit.runtime.open import open_session
     from nextvit.runtime.predictor import Predictor
 
     files = expand(source)
     predictor = Predictor(open_session(model, weights=weights, device=device, threads=threads, precision=precision))
-    if as_json and output is None:
-        output = Path(os.devnull)
+    _warn_of_random_weights(model, weights)
     good = 0
-    with open_results(output) as write:
+    rows: list[dict[str, Any]] = []
+    collect = as_json and output is None
+    with collecting(rows) if collect else open_results(output) as write:
         for file, result in track(
             _answers(predictor, files, batch_size), total=len(files), label="predict", unit="images"
         ):
@@ -251,10 +254,11 @@ def predict(
             if not isinstance(result, str):
                 good += 1
                 if pictures is not None:
-                    draw(file, result, pictures)
+                    draw(file, result, pictures / f"{good:06}-{printable(file.stem)[:60]}.png")
     bad = len(files) - good
     if as_json:
-        _show({"files": len(files), "answered": good, "rejected": bad, "output": str(output)}, True)
+        counts = {"files": len(files), "answered": good, "rejected": bad}
+        _show({**counts, "answers": rows} if collect else {**counts, "output": str(output)}, True)
     if not good or (strict and bad):
         raise UserError(f"{bad} of {len(files)} files could not be read; each row says why.")
     if bad:
@@ -279,9 +283,14 @@ def export(
     """Fold, write, and prove on real images that the file answers as the model does; else it is not kept."""
     from nextvit.exporters.export import default_path
     from nextvit.exporters.export import export as run_export
+    from nextvit.formats import format_named, format_of
     from nextvit.runtime.open import open_model
 
     network = open_model(model, weights)
+    if output is not None and format_of(output) != format_named(to.value):
+        raise UserError(
+            f"--to {to.value} writes {format_named(to.value).suffix} files; --output {output} ends otherwise."
+        )
     path = output or default_path(model, network.metadata.with_image_size(image_size), to.value)
     report = run_export(network, path, image_size=image_size, dynamic=not static)
     p, s = report.parity, report.setup
@@ -369,6 +378,13 @@ def _answers(predictor: "Predictor", files: Sequence[Path], batch_size: int) -> 
         results = iter(decoded)
         for file, answer in zip(part, answers, strict=True):
             yield file, next(results) if answer is None else answer
+
+
+def _warn_of_random_weights(model: str, weights: str | None) -> None:
+    from nextvit.create import list_models
+
+    if model in list_models() and weights is None:
+        print(f"warning: {model} has random weights here; give a checkpoint, or --weights.", file=sys.stderr)
 
 
 def _with_error(result: Any) -> str:

@@ -65,8 +65,10 @@ def create_model(
     if kv_pooling not in KV_POOLINGS:
         raise UserError(f"there is no kv_pooling {kv_pooling!r}; take one of {', '.join(KV_POOLINGS)}.")
     for value, what in ((num_classes, "num_classes"), (in_channels, "in_channels")):
-        if value is not None and value < 1:
-            raise UserError(f"{what} must be 1 or more, not {value}.")
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise UserError(f"{what} must be a whole number, 1 or more, not {value!r}.")
+    if drop_path_rate is not None and not 0 <= drop_path_rate < 1:
+        raise UserError(f"drop_path_rate must be 0 or more and below 1, not {drop_path_rate}.")
     metadata = Metadata(name, kv_pooling=kv_pooling, in_channels=in_channels)
     found = None
     if weights is not None:

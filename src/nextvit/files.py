@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     Companions written beside it (the `.bin` of an OpenVINO `.xml`) are moved first, the file itself last.
     """
     final = Path(path)
+    if final.is_dir():
+        raise UserError(f"{final} is a folder; give the name of a file, or choose another --output.")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent))
@@ -51,7 +54,7 @@ def sweep(folder: Path) -> None:
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file whole or not at all."""
     with replacing(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
+        unfinished.write_text(text, encoding="utf-8", errors="surrogateescape")  # as file names have them
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -109,8 +112,8 @@ def companion(path: Path) -> Path | None:
 def _digest(path: Path) -> tuple[str, int | None]:
     """SHA-256 of the file with its seal taken as zeros, then of its companion; and where the seal's digits start."""
     data = bytearray(path.read_bytes())
-    found = data.find(SEAL.encode())
-    at = None if found < 0 else found + len(SEAL)
+    found = re.search(SEAL.encode() + rb"[0-9a-f]{64}", data)
+    at = found.end() - 64 if found else None
     if at is not None:
         data[at : at + 64] = b"0" * 64
     digest = hashlib.sha256(data)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nextvit.backbone import EMHSA, MHCA, NCB, NTB, ConvNormAct, NextViT, PatchEmbed
+from nextvit.errors import UserError
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
 
@@ -20,6 +21,8 @@ def fold(model: NextViT) -> NextViT:
 
     Norms of another kind (LayerNorm2d) depend on their input and stay.
     """
+    if not isinstance(model, NextViT):
+        raise UserError(f"fold takes a model of nextvit.create_model, not {type(model).__name__}.")
     folded = copy.deepcopy(model).eval()
     for module in folded.modules():
         match module:

@@ -33,4 +33,4 @@ def format_named(name: str) -> Format:
 
 def format_of(path: Path) -> Format | None:
     """The format that a file's ending names, if any."""
-    return next((fmt for fmt in FORMATS if fmt.suffix == path.suffix.lower()), None)
+    return next((fmt for fmt in FORMATS if fmt.suffix == path.suffix), None)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nextvit import plots
 from nextvit.benchmark import CONFIDENCE, Row
+from nextvit.data.images import printable
 from nextvit.describe import table
 from nextvit.evaluate import Evaluation
 from nextvit.files import write_rows, write_text
@@ -23,7 +24,7 @@ def write_run_plots(run: Path, result: Evaluation) -> None:
 
 def write_confusion(result: Evaluation, path: Path, title: str) -> None:
     """The matrix as a picture, and as a CSV of counts beside it: a row a true class."""
-    labels, matrix = result.split.labels, result.metrics.confusion
+    labels, matrix = [printable(label) for label in result.split.labels], result.metrics.confusion
     plots.confusion(matrix, labels, f"{title}: top-1 {result.metrics.top1:.1f} %", path)
     rows = [
         {"truth": label, **dict(zip(labels, map(int, counts), strict=True))}

@@ -25,10 +25,6 @@ def open_results(output: Path | None) -> Iterator[Write]:
     """A function that writes one row a file. The output takes its name when all rows are in it."""
     if output is None or output == Path("-"):
         yield _json_lines(sys.stdout)
-    elif not output.parent.is_dir() or output.is_char_device():
-        if not output.is_char_device():
-            raise UserError(f"there is no folder {output.parent}; make it, or choose another --output.")
-        yield lambda file, answer: None
     elif output.suffix.lower() in (".jsonl", ".csv"):
         with replacing(output) as unfinished, open(unfinished, "w", encoding="utf-8", newline="") as stream:
             yield (_csv(stream) if output.suffix.lower() == ".csv" else _json_lines(stream))
@@ -36,11 +32,19 @@ def open_results(output: Path | None) -> Iterator[Write]:
         raise UserError(f"--output {output} must end in .jsonl or .csv.")
 
 
+@contextmanager
+def collecting(rows: list[dict[str, Any]]) -> Iterator[Write]:
+    """The same, into a list."""
+    yield lambda file, answer: rows.append(_row(file, answer))
+
+
+def _row(file: Path, answer: Answer) -> dict[str, Any]:
+    return {"file": str(file), **({"error": answer} if isinstance(answer, str) else answer.to_dict())}
+
+
 def _json_lines(stream: TextIO) -> Write:
     def write(file: Path, answer: Answer) -> None:
-        row: dict[str, Any] = {"file": str(file)}
-        row |= {"error": answer} if isinstance(answer, str) else answer.to_dict()
-        stream.write(json.dumps(row) + "\n")
+        stream.write(json.dumps(_row(file, answer)) + "\n")
 
     return write
 
@@ -62,18 +66,15 @@ def _cell(text: str) -> str:
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
-def draw(file: Path, answer: Classification, folder: Path) -> Path:
-    """Write a copy of the image with its first label and score below it into `folder`, as PNG."""
+def draw(file: Path, answer: Classification, path: Path) -> None:
+    """Write a copy of the image with its first label and score below it to `path`, as PNG."""
     image = read_image(file)
     image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
-    text = f"{answer.labels[0]} {answer.scores[0]:.0%}"
+    text = f"{printable(answer.labels[0])} {answer.scores[0]:.0%}"
     font = ImageFont.load_default(16)
     width = max(image.width, int(font.getlength(text)) + 12)
     picture = Image.new("RGB", (width, image.height + 26), "white")
     picture.paste(image, ((width - image.width) // 2, 0))
     ImageDraw.Draw(picture).text((6, image.height + 3), text, fill="black", font=font)
-    name = "_".join(part for part in Path(file).parts[-3:] if part not in ("/", "..", "."))
-    path = folder / f"{name}.png"
     with replacing(path) as unfinished:
         picture.save(unfinished, format="PNG")
-    return path

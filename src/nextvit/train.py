@@ -24,13 +24,13 @@ from nextvit.errors import Diverged, UserError
 from nextvit.evaluate import Evaluation, evaluate
 from nextvit.extras import need
 from nextvit.files import replacing, sweep, write_rows, write_text
-from nextvit.metadata import Preprocess
+from nextvit.metadata import Metadata, Preprocess
 from nextvit.progress import say, track
 from nextvit.recipe import Recipe
 from nextvit.tasks import classify
-from nextvit.weights import PUBLISHED, WeightFile, read_weights, save_weights
+from nextvit.weights import PUBLISHED, WeightFile, model_tensors, read_weights, save_weights
 
-LAST, PREVIOUS, BEST = "last.ckpt", "last.prev.ckpt", "best.ckpt"
+LAST, PREVIOUS, BEST, WEIGHTS = "last.ckpt", "last.prev.ckpt", "best.ckpt", "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def train(
         rows = [{"file": file, "reason": why} for file, why in sorted(run.position.rejected.items())]
         write_rows(folder / "rejected.csv", rows)
         say(f"note: {len(rows)} images could not be read and were left out; {folder / 'rejected.csv'} names them.")
-    best = open_checkpoint(folder / "model.safetensors").to(run.device)
+    best = open_checkpoint(folder / WEIGHTS).to(run.device)
     return validate(best, run.validation, run.device, run.batch_size)
 
 
@@ -206,7 +206,7 @@ def finish_epoch(run: Run) -> None:
     if _merit(row) > best:
         save_checkpoint(run, BEST)
         metadata = replace(run.model.metadata, recipe=recipe.sha256)
-        save_weights(run.folder / "model.safetensors", run.model.state_dict(), metadata)
+        save_weights(run.folder / WEIGHTS, run.model.state_dict(), metadata)
     write_rows(run.folder / "metrics.csv", [asdict(row) for row in at.history])
     save_checkpoint(run, LAST)
     say(
@@ -272,7 +272,6 @@ def _prepare(
 ) -> Run:
     """Check everything before anything is written, and build the run as it starts or as it was left."""
     place = pick_device(device)
-    chosen = pick_precision(precision, place)
     set_threads(threads)
     if workers is None:
         workers = min(8, cpu_count()) if place.type == "cuda" else 1
@@ -288,6 +287,13 @@ def _prepare(
     if saved is not None:
         _check_same_data(saved, training, folder)
         sweep(folder)
+        state = saved.state or {}
+        precision = state["precision"] if precision == "auto" else precision
+        deterministic = deterministic or state["deterministic"]
+        if not (folder / WEIGHTS).exists() and (folder / BEST).exists():
+            best = read_weights(folder / BEST)
+            save_weights(folder / WEIGHTS, model_tensors(best), best.metadata or Metadata(recipe.model))
+    chosen = pick_precision(precision, place)
     torch.manual_seed(recipe.seed)
     torch.use_deterministic_algorithms(deterministic)
     model = _new_model(recipe, training.labels, weights, saved).to(place)
@@ -379,6 +385,7 @@ def save_checkpoint(run: Run, name: str) -> None:
     if run.device.type == "cuda":
         tensors["generator.cuda"] = torch.cuda.get_rng_state(run.device)
     state = {**asdict(run.position), "data": _fingerprint(run.training), "scaler": run.scaler.state_dict()}
+    state |= {"precision": run.precision, "deterministic": torch.are_deterministic_algorithms_enabled()}
     with replacing(path) as unfinished:
         save_weights(unfinished, tensors, run.model.metadata, state)
         if name == LAST and path.exists():

@@ -48,10 +48,15 @@ def read_split(data: str | Path, name: str, labels: Sequence[str] | None = None)
     parts = [part for part in SPLITS if (root / part).is_dir()]
     if parts and name not in parts:
         raise UserError(f"{root} has no {name}/ folder, only {', '.join(parts)}.")
+    if not parts and name not in ("train", "val"):
+        raise UserError(f"{root} is a single folder of class folders, which gives train and val, not {name!r}.")
     folder = root / name if parts else root
     found = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not found:
-        raise UserError(f"{folder} has no class folders; put the images of each class into a folder of its name.")
+        raise UserError(
+            f"{folder} has no class folders; put the images of each class into a folder of its name (train, val "
+            "and test are the names of splits)."
+        )
     if labels is not None and (strange := [label for label in found if label not in labels]):
         raise UserError(
             f"{folder} has a class {strange[0]!r} that the model does not know; it knows {', '.join(labels[:20])}."

@@ -14,6 +14,7 @@ from nextvit.metadata import Preprocess
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # told by content; Pillow's other decoders stay closed
 MAX_PIXELS = 64_000_000
 MAX_SIDE = 32_768
+MAX_ASPECT = 100  # resized by its short side, a thinner image would take gigabytes
 
 ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray
 
@@ -36,7 +37,10 @@ def read_image(source: ImageSource) -> Image.Image:
             raise ImageRejected(f"an array image must be uint8 of shape (H, W, 3), not {source.dtype} {source.shape}.")
         return Image.fromarray(source)
     if isinstance(source, Image.Image):
-        return _upright_rgb(source, "the image")
+        try:
+            return _upright_rgb(source, "the image")
+        except OSError as error:
+            raise ImageRejected("the image cannot be read: it is damaged or cut short.") from error
     name = printable(source)
     try:
         if not stat.S_ISREG(os.stat(source).st_mode):
@@ -49,6 +53,10 @@ def read_image(source: ImageSource) -> Image.Image:
                     raise ImageRejected(
                         f"{name} has {width} x {height} pixels; the limit is {MAX_PIXELS // 10**6} million and "
                         f"{MAX_SIDE} a side."
+                    )
+                if max(width, height) > MAX_ASPECT * min(width, height):
+                    raise ImageRejected(
+                        f"{name} has {width} x {height} pixels; one side may be {MAX_ASPECT} times the other."
                     )
                 return _upright_rgb(image, name)
     except ImageRejected:

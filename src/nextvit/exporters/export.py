@@ -49,6 +49,8 @@ def export(
     if fmt is None:
         endings = ", ".join(f"{f.suffix} ({f.name})" for f in FORMATS)
         raise UserError(f"{path} does not end as a format does; the endings are {endings}.")
+    if not isinstance(model, NextViT):
+        raise UserError(f"export takes a model of nextvit.create_model, not {type(model).__name__}.")
     if model.features_only:
         raise UserError("a features_only model gives four maps; export the classifier, which ends in logits.")
     writer = need(f"nextvit.exporters.{fmt.name}", extra=fmt.extra)

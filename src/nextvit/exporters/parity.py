@@ -1,5 +1,6 @@
 """Parity: does the exported file answer as the model does, on real images?"""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -11,6 +12,7 @@ from PIL import Image
 from nextvit.backbone import NextViT
 from nextvit.data.demo_images import garments
 from nextvit.data.images import normalise, preprocess, read_image
+from nextvit.errors import UserError
 from nextvit.metadata import Preprocess
 from nextvit.runtime.session import Session
 
@@ -48,13 +50,18 @@ class Parity:
 def compare(model: NextViT, session: Session, *, dynamic: bool) -> Parity:
     """Run both on the photographs and garments that ship here; with `dynamic` at other sizes and batches too."""
     expected, found, sizes = [], [], []
-    model = model.eval().cpu().float()
+    model = copy.deepcopy(model).eval().cpu().float()
     for batch in _inputs(session.metadata.preprocess, session.metadata.in_channels, dynamic):
         with torch.inference_mode():
             expected.append(model(torch.from_numpy(batch)).numpy().astype(np.float64))
         found.append(np.asarray(session(batch), np.float64))
         sizes.append("x".join(map(str, (batch.shape[0], *batch.shape[2:]))))
     ours, theirs = np.concatenate(expected), np.concatenate(found)
+    if ours.shape[1] != session.metadata.num_classes:
+        raise UserError(
+            f"the model has {ours.shape[1]} outputs and its metadata {session.metadata.num_classes} classes; set "
+            "model.metadata to what the model is."
+        )
     difference = np.abs(ours - theirs)
     largest = float(np.abs(ours).max())
     relative = float(difference.max()) / max(largest, 1e-30)

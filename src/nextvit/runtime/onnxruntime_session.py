@@ -48,6 +48,8 @@ class OnnxRuntimeSession:
         except Exception as error:  # the runtime's own exception types are not public
             raise UserError(f"{path} cannot be opened by ONNX Runtime {ort.__version__}; export it again.") from error
         self._input = self._session.get_inputs()[0].name
+        batch = self._session.get_inputs()[0].shape[0]
+        self.fixed_batch = batch if isinstance(batch, int) else None
         self.setup = Setup(f"onnxruntime {ort.__version__}", "cpu", "fp32", options.intra_op_num_threads)
 
     def __call__(self, batch: np.ndarray) -> np.ndarray:

@@ -42,6 +42,8 @@ def open_session(
 
     precision: None is fp32; another only where the device computes in it.
     """
+    if threads is not None and threads < 1:
+        raise UserError(f"threads must be 1 or more, not {threads}.")
     path = Path(model)
     fmt = format_of(path)
     if fmt is None:

@@ -44,6 +44,8 @@ class OpenVINOSession:
             "INFERENCE_NUM_THREADS": threads or cpu_count(),
             "PERFORMANCE_HINT": "LATENCY",
         }
+        batch = model.input(0).get_partial_shape()[0]
+        self.fixed_batch = batch.get_length() if batch.is_static else None
         self._compiled = core.compile_model(model, "CPU", config)
         self._request = self._compiled.create_infer_request()
         in_force = self._compiled.get_property("INFERENCE_PRECISION_HINT").to_string()

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from nextvit.backbone import SMALLEST_SIDE
 from nextvit.data.images import ImageSource, preprocess, read_image
 from nextvit.errors import UserError
 from nextvit.runtime.open import open_session
@@ -35,10 +36,20 @@ class Predictor:
         channels = self.metadata.in_channels
         if batch.ndim != 4 or batch.shape[1] != channels or batch.dtype != np.float32:
             raise UserError(f"a batch must be float32 of shape (B, {channels}, H, W), not {batch.dtype} {batch.shape}.")
-        return self.session(batch)
+        if min(batch.shape[2:]) < SMALLEST_SIDE:
+            raise UserError(f"a batch of {batch.shape[2]} x {batch.shape[3]} pixels is too small; both sides need 32.")
+        batch = np.ascontiguousarray(batch)
+        size = self.session.fixed_batch
+        if size is None or len(batch) == size:
+            return self.session(batch)
+        return np.concatenate([self.session(batch[start : start + size]) for start in range(0, len(batch), size)])
 
     def prepare(self, image: ImageSource) -> np.ndarray:
         """Decode and preprocess one image -> float32 (3, image_size, image_size). Raises ImageRejected."""
+        if self.metadata.in_channels != 3:
+            raise UserError(
+                f"this model takes {self.metadata.in_channels} input channels and no RGB images; use `run`."
+            )
         return preprocess(read_image(image), self.metadata.preprocess)
 
     def predict(self, images: Sequence[ImageSource]) -> list[Classification]:

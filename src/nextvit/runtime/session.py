@@ -23,5 +23,6 @@ class Session(Protocol):
 
     metadata: Metadata
     setup: Setup
+    fixed_batch: int | None  # the only batch that a file of fixed size takes; None: any
 
     def __call__(self, batch: np.ndarray) -> np.ndarray: ...

@@ -12,6 +12,8 @@ from nextvit.runtime.session import Setup
 class TorchSession:
     """`folded`: with every BatchNorm merged, as it is exported; else as it was trained."""
 
+    fixed_batch: int | None = None
+
     def __init__(self, model: NextViT, *, device: str, threads: int | None, precision: str | None, folded: bool = True):
         place = pick_device(device)
         chosen = pick_precision(precision or "fp32", place)
