@@ -166,7 +166,7 @@ def test_drop_path_drops_samples_and_keeps_the_mean():
 
 
 @pytest.mark.parametrize("kv_pooling", ["sequence", "spatial"])
-@pytest.mark.parametrize("name", ["nextvit_nano", "nextvit_small"])
+@pytest.mark.parametrize("name", ["nextvit_nano", pytest.param("nextvit_small", marks=pytest.mark.slow)])
 def test_torch_export_with_free_batch_height_and_width_gives_the_same_outputs(name, kv_pooling):
     model = fill(nextvit.create_model(name, kv_pooling=kv_pooling))
     batch, height, width = (torch.export.Dim(n, min=low, max=1024) for n, low in (("b", 1), ("h", 64), ("w", 64)))

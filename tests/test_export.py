@@ -19,7 +19,12 @@ ENDINGS = [".onnx", ".xml"]
 
 
 @pytest.fixture(
-    scope="module", params=[("nextvit_nano", "sequence"), ("nextvit_nano", "spatial"), ("nextvit_small", "sequence")]
+    scope="module",
+    params=[
+        ("nextvit_nano", "sequence"),
+        pytest.param(("nextvit_nano", "spatial"), marks=pytest.mark.slow),
+        ("nextvit_small", "sequence"),
+    ],
 )
 def model(request):
     return fill(nextvit.create_model(request.param[0], kv_pooling=request.param[1]))
@@ -88,7 +93,7 @@ def test_static_export_fixes_the_size(tmp_path):
         assert nextvit.load(tmp_path / f"m{ending}").predict(images) == one_by_one, "a fixed batch is the file's affair"
 
 
-@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("channels", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_other_input_channels_export(channels, tmp_path):
     model = fill(nextvit.create_model("nextvit_nano", in_channels=channels, num_classes=3))
     assert nextvit.export(model, tmp_path / "m.onnx").parity.ok
