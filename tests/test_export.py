@@ -83,6 +83,7 @@ def test_static_export_fixes_the_size(tmp_path):
     for ending in ENDINGS:
         report = nextvit.export(model, tmp_path / f"m{ending}", image_size=64, dynamic=False)
         assert report.parity.ok
+        assert report.parity.live
         session = open_session(tmp_path / f"m{ending}")
         assert session.metadata.preprocess.image_size == 64
         assert session(np.zeros((1, 3, 64, 64), np.float32)).shape == (1, 5)

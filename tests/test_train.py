@@ -20,7 +20,7 @@ from nextvit.train import learning_rate, train
 from nextvit.weights import read_weights
 from tests.conftest import nextvit, nextvit_here
 
-SMALL = ["images.size=32", "schedule.epochs=3", "batch_size=8", "schedule.warmup_epochs=1"]
+SMALL = ["drop_path=0.2", "images.size=32", "schedule.epochs=3", "batch_size=8", "schedule.warmup_epochs=1"]
 
 
 def rows(run: Path) -> list[dict[str, str]]:
@@ -206,7 +206,11 @@ def test_images_that_cannot_be_read_are_left_out_and_listed(garment_folder, tmp_
 
     folder = tmp_path / "data"
     shutil.copytree(garment_folder, folder)
-    planted = [folder / "bag" / "03.jpg", folder / "trouser" / "11.jpg"]
+    planted = [
+        folder / "bag" / "03.jpg",
+        folder / "bag" / "04.jpg",
+        folder / "trouser" / "11.jpg",
+    ]  # the second is in val
     for path in planted:
         path.write_bytes(path.read_bytes()[:200])
     done = nextvit_here("train", folder, "--output", tmp_path / "run", *(f for s in SMALL for f in ("--set", s)))

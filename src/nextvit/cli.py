@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -111,6 +112,10 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Train or fine-tune a classifier on a folder of images, and keep all of it in a run folder."""
+    from nextvit.extras import need
+
+    for library in ("yaml", "pydantic", "torchvision", "matplotlib"):
+        need(library, extra="train")  # now, not after hours of training
     from nextvit.recipe import parse_recipe, read_recipe
     from nextvit.report import write_run_plots
     from nextvit.train import Interrupted, new_run_folder
@@ -348,9 +353,9 @@ def benchmark(
         threads=threads or cpu_count(),
     ) as sessions:
         rows = run_benchmark(sessions, batch=batch_size, image_size=image_size, rounds=rounds, seed=seed or 0)
+    _show({"rows": [row.to_dict() for row in rows]}, as_json, latency_lines(rows))
     if output is not None:
         write_latency(rows, output)
-    _show({"rows": [row.to_dict() for row in rows]}, as_json, latency_lines(rows))
 
 
 # ---- what the verbs share --------------------------------------------------------------------------------------------
@@ -406,6 +411,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb and return the exit code: 0 done, 2 the user can mend it, 1 anything else, 130 after SIGINT."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
+    if (
+        arguments is None
+    ):  # a process of its own: SIGTERM ends it as an exception does, so that nothing is left half-written
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         code = app(given, prog_name="nextvit", standalone_mode=False)

@@ -168,7 +168,15 @@ def train_epoch(run: Run, received: Sequence[int]) -> None:
 
 
 def train_step(run: Run, batch: Batch, lr: float) -> float:
-    """Forward, backward, clip, step. Returns the loss; one that is not finite raises Diverged and changes nothing."""
+    """Forward, backward, clip, step; returns the loss. Diverged, before any weight changes, if it is not finite."""
+
+    def diverged(what: str) -> Diverged:
+        at = run.position
+        return Diverged(
+            f"the {what} is not finite at epoch {at.epoch + 1}, step {at.step}, learning rate {lr:.2g}; lower it with "
+            "--set optimizer.lr=..., in a new run."
+        )
+
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     images = batch.images.to(run.device, non_blocking=True)
@@ -177,14 +185,13 @@ def train_step(run: Run, batch: Batch, lr: float) -> float:
         logits = run.model(images)
     loss = classify.loss(logits.float(), targets, label_smoothing=run.recipe.label_smoothing)
     if not torch.isfinite(loss):
-        raise Diverged(
-            f"the loss is not finite at epoch {run.position.epoch + 1}, step {run.position.step}, learning rate "
-            f"{lr:.2g}; lower it with --set optimizer.lr=..., in a new run."
-        )
+        raise diverged("loss")
     run.optimizer.zero_grad(set_to_none=True)
     run.scaler.scale(loss).backward()
     run.scaler.unscale_(run.optimizer)
-    nn.utils.clip_grad_norm_(run.model.parameters(), run.recipe.optimizer.clip_norm)
+    norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.recipe.optimizer.clip_norm)
+    if not run.scaler.is_enabled() and not torch.isfinite(norm):  # a scaler skips such a step by itself
+        raise diverged("gradient")
     run.scaler.step(run.optimizer)
     run.scaler.update()
     return loss.item()
@@ -196,7 +203,9 @@ def finish_epoch(run: Run) -> None:
     if not at.loss_images:
         why = next(iter(at.rejected.values()), "no batch has two images")
         raise UserError(f"no image of {run.training.name} could be trained on: {why}")
-    m = validate(run.model, run.validation, run.device, run.batch_size).metrics
+    validated = validate(run.model, run.validation, run.device, run.batch_size)
+    at.rejected |= {str(run.validation.files[index]): why for index, why in validated.rejected}
+    m = validated.metrics
     lr = learning_rate(at.epoch + 1 - 1 / run.steps, recipe)
     row = Epoch(at.epoch + 1, lr, at.loss_sum / at.loss_images, m.loss, m.top1, m.top5, at.images)
     best = max(map(_merit, at.history), default=(-1.0, 0.0))
@@ -223,10 +232,12 @@ def _merit(row: Epoch) -> tuple[float, float]:
 def learning_rate(epoch: float, recipe: Recipe) -> float:
     """Rate at a point of the run, in epochs done."""
     peak, s = recipe.optimizer.lr, recipe.schedule
-    if epoch < s.warmup_epochs:  # 1. linear warm-up
-        return s.min_lr + (peak - s.min_lr) * epoch / s.warmup_epochs
-    share = (epoch - s.warmup_epochs) / max(s.epochs - s.warmup_epochs, 1e-9)  # 2. cosine to the minimum
-    return s.min_lr + 0.5 * (peak - s.min_lr) * (1 + math.cos(math.pi * share))
+    least = min(s.min_lr, peak)
+    warmup = min(s.warmup_epochs, 0.5 * s.epochs)  # of a short run at most half
+    if epoch < warmup:  # 1. linear warm-up
+        return least + (peak - least) * epoch / warmup
+    share = (epoch - warmup) / (s.epochs - warmup)  # 2. cosine to the minimum
+    return least + 0.5 * (peak - least) * (1 + math.cos(math.pi * share))
 
 
 def validate(model: NextViT, split: Split, place: torch.device, batch_size: int) -> Evaluation:
@@ -353,10 +364,10 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
 def new_run_folder(data: str | Path, recipe: Recipe) -> Path:
     """runs/DATA-MODEL, with a number where that is taken."""
     stem = re.sub(r"[^\w.-]+", "-", Path(data).resolve().name) if str(data) != "demo" else "demo"
-    folder = Path("runs") / f"{stem}-{recipe.model.removeprefix('nextvit_')}"
-    number = 2
+    name = f"{stem}-{recipe.model.removeprefix('nextvit_')}"
+    folder, number = Path("runs") / name, 2
     while folder.exists():
-        folder = folder.with_name(f"{folder.name.partition('.')[0]}.{number}")
+        folder = Path("runs") / f"{name}.{number}"
         number += 1
     return folder
 
@@ -424,6 +435,8 @@ def _newest_checkpoint(run: Path) -> WeightFile:
             try:
                 saved = read_weights(run / name)
                 if saved.state is not None:
+                    if name == PREVIOUS:  # else the next save would move the damaged one over the good one
+                        (run / LAST).unlink(missing_ok=True)
                     return saved
                 problems.append(f"{run / name} is no training checkpoint")
             except UserError as error:

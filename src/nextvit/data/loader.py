@@ -1,7 +1,7 @@
 """From a split to batches. An image that cannot be read is reported, and nothing stands in for it."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,6 +25,10 @@ class Batch:
     indices: Tensor
     rejected: tuple[tuple[int, str], ...]
 
+    def pin_memory(self) -> "Batch":
+        """What a DataLoader calls for copies to a GPU that need not be waited for."""
+        return replace(self, images=self.images.pin_memory(), targets=self.targets.pin_memory())
+
 
 class _Images(Dataset):
     def __init__(self, split: Split, transform: Transform, seed: tuple[int, ...] | None):
@@ -42,7 +46,9 @@ class _Images(Dataset):
             return index, self.transform(image)
         # A sample's augmentation depends on the seed, the epoch and the sample: not on workers or on what ran before.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(np.random.SeedSequence((*self.seed, index)).generate_state(1, np.uint64)[0]))
+            torch.default_generator.manual_seed(
+                int(np.random.SeedSequence((*self.seed, index)).generate_state(1, np.uint64)[0])
+            )
             return index, self.transform(image)
 
 
