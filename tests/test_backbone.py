@@ -81,9 +81,10 @@ def test_forward_equals_timm(name, size, dtype):
     theirs.load_state_dict(ours.state_dict())
     ours, theirs = ours.to(dtype), theirs.to(dtype).eval()
     images = torch.from_numpy(4 * uniform(7, 2 * 3 * size[0] * size[1]).reshape(2, 3, *size)).to(dtype)
+    images[1] *= 0.5  # another contrast: over a large random image the logits vary little otherwise
     with torch.inference_mode():
         found, expected = ours(images), theirs(images)
-    assert (expected[0] - expected[1]).abs().mean() > 1e-4, "the outputs must depend on the input"
+    assert (expected[0] - expected[1]).abs().mean() > 1e-3, "the outputs must depend on the input"
     assert relative_error(found, expected) < (1e-5 if dtype == torch.float32 else 1e-10)
 
 
