@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -235,3 +236,24 @@ def test_a_tag_without_network_answers_quickly():
     assert done.returncode == 2
     assert "--weights none" in done.stderr
     assert time.perf_counter() - start < 40
+
+
+def test_weights_are_not_ignored_where_they_do_not_belong(tmp_path):
+    (tmp_path / "m.onnx").write_bytes(b"x")
+    done = nextvit_here("predict", tmp_path / "m.onnx", tmp_path, "--weights", "in1k")
+    assert (done.returncode, "--weights goes with a variant's name" in done.stderr) == (2, True)
+
+
+def test_a_signal_ends_the_demo_without_a_traceback(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nextvit.demo", str(tmp_path / "demo")], stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stderr:
+        if "to validate" in line:
+            time.sleep(0.5)
+            process.send_signal(signal.SIGINT)
+            break
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "saved; go on with: nextvit train demo --resume" in errors
+    assert "Traceback" not in errors

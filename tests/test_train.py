@@ -2,10 +2,13 @@
 
 import csv
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,7 @@ from nextvit.create import open_checkpoint
 from nextvit.errors import Diverged, UserError
 from nextvit.recipe import Recipe, parse_recipe, read_recipe
 from nextvit.train import learning_rate, train
-from nextvit.weights import read_weights
+from nextvit.weights import read_weights, save_weights
 from tests.conftest import nextvit, nextvit_here
 
 SMALL = ["drop_path=0.2", "images.size=32", "schedule.epochs=3", "batch_size=8", "schedule.warmup_epochs=1"]
@@ -67,12 +70,13 @@ def test_a_run_folder_holds_what_the_contract_says(trained):
     assert (resolved["schedule"]["epochs"], resolved["images"]["size"], resolved["seed"]) == (2, 32, 0)
     metadata = read_weights(trained / "model.safetensors").metadata
     assert (metadata.labels, metadata.preprocess.image_size) == (("bag", "sandal", "trouser"), 32)
+    assert resolved["weights"] == "none", "nano has no published weights"
     assert metadata.recipe == read_recipe(str(trained / "recipe.yaml")).sha256
 
 
 def test_training_learns_three_easy_classes(garment_folder, tmp_path):
     recipe = read_recipe("default", ["images.size=32", "schedule.epochs=25", "batch_size=8", "optimizer.lr=2e-3"])
-    result = train(garment_folder, recipe, tmp_path / "run", weights="none", threads=1, workers=0)
+    result = train(garment_folder, recipe, tmp_path / "run", threads=1, workers=0)
     assert result.metrics.top1 >= 75, "chance is 33 %"
 
 
@@ -122,7 +126,7 @@ def test_a_stop_after_any_step_resumes_to_the_same_run(step, whole, garment_fold
     with monkeypatch.context() as patch:
         patch.setattr(module, "train_step", signalling)
         with pytest.raises(module.Interrupted):
-            train(garment_folder, recipe, tmp_path / "run", weights="none", threads=1, workers=0, deterministic=True)
+            train(garment_folder, recipe, tmp_path / "run", threads=1, workers=0, deterministic=True)
     state = read_weights(tmp_path / "run" / "last.ckpt").state
     assert (state["epoch"], state["step"]) == (0, step)
     train(garment_folder, recipe, tmp_path / "run", resume=True, threads=1, workers=0, deterministic=True)
@@ -155,7 +159,7 @@ def test_a_whole_checkpoint_exists_after_a_kill_at_every_step_of_saving(garment_
             for name in ("replace", "fsync", "rename"):
                 setattr(os, name, dying(getattr(os, name)))
             try:
-                train(garment_folder, recipe, run, weights="none", threads=1, workers=0)
+                train(garment_folder, recipe, run, threads=1, workers=0)
             except BaseException:
                 os._exit(1)
             os._exit(0)
@@ -176,8 +180,6 @@ def test_a_whole_checkpoint_exists_after_a_kill_at_every_step_of_saving(garment_
 
 @pytest.mark.parametrize("damage", ["empty", "half", "last byte", "random"])
 def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(damage, trained, garment_folder, tmp_path):
-    import shutil
-
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     good = (run / "last.ckpt").read_bytes()
@@ -197,13 +199,11 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(damage, trained,
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_files_finite(garment_folder, tmp_path):
     recipe = read_recipe("default", [*SMALL, "optimizer.lr=1e30", "schedule.warmup_epochs=0.1"])
     with pytest.raises(Diverged, match=r"not finite at epoch 1, step \d+, learning rate"):
-        train(garment_folder, recipe, tmp_path / "run", weights="none", threads=1, workers=0)
+        train(garment_folder, recipe, tmp_path / "run", threads=1, workers=0)
     assert not list((tmp_path / "run").glob("*.ckpt"))
 
 
 def test_images_that_cannot_be_read_are_left_out_and_listed(garment_folder, tmp_path):
-    import shutil
-
     folder = tmp_path / "data"
     shutil.copytree(garment_folder, folder)
     planted = [
@@ -235,7 +235,7 @@ def test_data_that_cannot_train_is_refused_before_it_starts(files, message, tmp_
             Image.new("RGB", (40, 40)).save(tmp_path / "data" / label / f"{index}.png")
     (tmp_path / "data").mkdir(exist_ok=True)
     with pytest.raises(UserError, match=message):
-        train(tmp_path / "data", Recipe(), tmp_path / "run", weights="none")
+        train(tmp_path / "data", Recipe(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -250,13 +250,65 @@ def test_an_existing_run_is_never_overwritten_and_other_data_are_refused(trained
             Image.new("RGB", (40, 40)).save(tmp_path / label / f"{index}.png")
     done = nextvit_here("train", tmp_path, "--resume", trained)
     assert done.returncode == 2
-    assert "trained with other images" in done.stderr
+    assert "trained with other labels" in done.stderr
     assert (trained / "last.ckpt").read_bytes() == before
 
 
-def test_a_run_without_its_weight_file_gets_it_back_from_the_best_checkpoint(trained, garment_folder, tmp_path):
-    import shutil
+@pytest.mark.parametrize("change", ["a training image has another name", "a validation image is another", "a class is"])
+def test_resuming_on_data_that_is_not_the_same_is_refused(change, trained, garment_folder, tmp_path):
+    data, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(garment_folder, data)
+    shutil.copytree(trained, run)
+    assert nextvit_here("train", data, "--resume", run).returncode == 0, "where the folder lies does not matter"
+    if change == "a training image has another name":
+        (data / "bag" / "00.jpg").rename(data / "bag" / "000.jpg")
+    elif change == "a validation image is another":
+        (data / "bag" / "04.jpg").rename(data / "bag" / "04a.jpg")
+    else:
+        (data / "bag").rename(data / "sack")
+    done = nextvit_here("train", data, "--resume", run)
+    assert (done.returncode, "was trained with other" in done.stderr) == (2, True)
 
+
+def test_a_run_goes_on_in_another_precision_if_told(trained, garment_folder, tmp_path):
+    """As on a machine without the one it was begun in: what the checkpoint holds of a scaler is not the new one's."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    saved = read_weights(run / "last.ckpt")
+    scaler = {
+        "scale": 65536.0,
+        "growth_factor": 2.0,
+        "backoff_factor": 0.5,
+        "growth_interval": 2000,
+        "_growth_tracker": 0,
+    }
+    state = {**saved.state, "precision": "fp16", "scaler": scaler, "epoch": 1, "history": saved.state["history"][:1]}
+    save_weights(run / "last.ckpt", saved.tensors, saved.metadata, state)
+    done = nextvit_here("train", garment_folder, "--resume", run)
+    assert (done.returncode, "does not compute in fp16" in done.stderr) == (2, True), "never another one in silence"
+    done = nextvit_here("train", garment_folder, "--resume", run, "--precision", "fp32")
+    assert done.returncode == 0, done.stderr
+    assert "begun in fp16 and goes on in fp32" in done.stderr
+
+
+def test_a_full_disk_is_a_sentence_and_spoils_nothing(trained, garment_folder, tmp_path):
+    """No file may grow beyond 1 MB in the process: the next checkpoint cannot be written."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    text = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(text.replace("epochs: 2", "epochs: 3", 1))
+    before = {path.name: path.read_bytes() for path in run.glob("*.ckpt")}
+    done = nextvit(
+        "train", garment_folder, "--resume", run,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)),
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"error: cannot write {run}")
+    assert {path.name: path.read_bytes() for path in run.glob("*.ckpt")} == before
+    assert not [path for path in run.iterdir() if path.name.startswith(".")]
+
+
+def test_a_run_without_its_weight_file_gets_it_back_from_the_best_checkpoint(trained, garment_folder, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     (run / "model.safetensors").unlink()
@@ -314,7 +366,8 @@ def test_a_recipe_survives_its_own_yaml():
 
 def test_fine_tuning_starts_from_the_given_weights(trained, garment_folder, tmp_path):
     recipe = read_recipe("default", [*SMALL, "schedule.epochs=1", "optimizer.lr=1e-9", "schedule.min_lr=0"])
-    train(garment_folder, recipe, tmp_path / "run", weights=str(trained / "model.safetensors"), threads=1, workers=0)
+    recipe = replace(recipe, weights=str(trained / "model.safetensors"))
+    train(garment_folder, recipe, tmp_path / "run", threads=1, workers=0)
     before, after = (
         open_checkpoint(trained / "model.safetensors"),
         open_checkpoint(tmp_path / "run" / "model.safetensors"),

@@ -13,6 +13,7 @@ import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -287,24 +288,31 @@ def test_a_flipped_bit_in_a_pth_is_found(tmp_path):
         read_weights(path)
 
 
-def test_random_mutations_never_do_more_than_refuse(nano_file, tmp_path):
-    """Bytes overwritten at random: a typed error, or the tensors as they were."""
-    generator = torch.Generator().manual_seed(0)
-    torch.save({k: v for k, v in list(read_weights(nano_file).tensors.items())[:4]}, tmp_path / "w.pth")
-    path = tmp_path / "mutant"
-    for source in (tmp_path / "w.pth", nano_file):
-        good = source.read_bytes()[:40_000]
-        for _ in range(150):
-            bad = bytearray(good)
-            for _ in range(3):
-                place, value = (
-                    torch.randint(len(bad), (1,), generator=generator),
-                    torch.randint(256, (1,), generator=generator),
-                )
-                bad[int(place)] = int(value)
-            path.write_bytes(bad)
-            with pytest.raises(UserError):
-                nextvit.create_model("nextvit_nano", weights=path)
+@pytest.mark.parametrize("kind", ["pth", "safetensors"])
+def test_3000_random_mutations_never_do_more_than_refuse(kind, tmp_path):
+    """Bytes overwritten at random: a typed error, or the tensors as they were; never others, never another error."""
+    rng = np.random.default_rng(0)
+    tensors = {key: torch.randn(16, 8) for key in ("stem.0.conv.weight", "stages.0.blocks.0.norm.bias")}
+    path = tmp_path / f"w.{kind}"
+    if kind == "pth":
+        torch.save({"model": tensors, "args": argparse.Namespace(lr=1)}, path)
+    else:
+        save_weights(path, tensors, Metadata("nextvit_nano"))
+    good = path.read_bytes()
+    refused = 0
+    for _ in range(3000):
+        bad = bytearray(good)
+        for place in rng.integers(len(bad), size=rng.integers(1, 4)):
+            bad[place] ^= rng.integers(1, 256)
+        path.write_bytes(bad)
+        try:
+            found = read_weights(path).tensors
+        except UserError:
+            refused += 1
+        else:
+            assert found.keys() == tensors.keys()
+            assert all(torch.equal(found[key], tensors[key]) for key in tensors)
+    assert refused > 1500
 
 
 # ---- published weights -----------------------------------------------------------------------------------------------
@@ -371,6 +379,11 @@ def test_a_tag_is_fetched_from_the_hub_with_its_preprocessing_and_found_again_of
     expected = f"384 1.0 tench {small.norm.weight[0].item()}\n"
     first = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
     assert first.stdout == expected, first.stderr
+    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {"input_size": [3, 384, 384]}}))
+    environment["HF_HOME"] = str(tmp_path / "other hub")
+    bare = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    assert "config.json of timm/nextvit_small.bd_in1k_384 does not say how images are prepared" in bare.stderr
+    environment["HF_HOME"] = str(tmp_path / "hub")
     server.shutdown()
     again = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
     assert again.stdout == expected, again.stderr

@@ -4,16 +4,15 @@ import json
 import os
 import signal
 import sys
-import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nextvit.errors import UserError
+from nextvit.errors import UserError, exit_code
+from nextvit.formats import FORMATS
 
 if TYPE_CHECKING:
     from nextvit.runtime.predictor import Predictor
@@ -45,13 +44,6 @@ Precision = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16, where t
 Seed = Annotated[int | None, typer.Option(min=0, help="Of everything that is drawn at random.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output and nothing else there.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-
-
-class To(str, Enum):
-    """Formats of `export`."""
-
-    onnx = "onnx"
-    openvino = "openvino"
 
 
 # ---- the verbs -------------------------------------------------------------------------------------------------------
@@ -118,19 +110,20 @@ def train(
         need(library, extra="train")  # now, not after hours of training
     from nextvit.recipe import parse_recipe, read_recipe
     from nextvit.report import write_run_plots
-    from nextvit.train import Interrupted, new_run_folder
+    from nextvit.train import new_run_folder
     from nextvit.train import train as run_training
 
     flags = {
         "model": model,
+        "weights": weights,
         "schedule.epochs": epochs,
         "batch_size": batch_size,
         "images.size": image_size,
         "seed": seed,
     }
-    overrides = [f"{key}={value}" for key, value in flags.items() if value is not None] + (override or [])
+    values = {key: value for key, value in flags.items() if value is not None}
     if resume is not None:
-        if output is not None or weights is not None or overrides or recipe != "default":
+        if output is not None or values or override or recipe != "default":
             raise UserError("--resume goes on as that run had it; leave out the flags that would change it.")
         try:
             text = (resume / "recipe.yaml").read_text(encoding="utf-8")
@@ -140,26 +133,21 @@ def train(
             ) from error
         chosen, run = parse_recipe(text, str(resume / "recipe.yaml")), resume
     else:
-        chosen = read_recipe(recipe, overrides)
+        chosen = read_recipe(recipe, override or [], values)
         run = output or new_run_folder(data, chosen)
         if run.exists() and any(run.iterdir() if run.is_dir() else [run]):
             raise UserError(f"{run} exists; go on with it by --resume {run}, or take another --output.")
-    try:
-        result = run_training(
-            data,
-            chosen,
-            run,
-            weights=weights,
-            resume=resume is not None,
-            device=device,
-            precision=precision,
-            threads=threads,
-            workers=workers,
-            deterministic=deterministic,
-        )
-    except Interrupted as stop:
-        print(f"saved; go on with: nextvit train {data} --resume {run}", file=sys.stderr)
-        raise typer.Exit(128 + stop.number) from stop
+    result = run_training(
+        data,
+        chosen,
+        run,
+        resume=resume is not None,
+        device=device,
+        precision=precision,
+        threads=threads,
+        workers=workers,
+        deterministic=deterministic,
+    )
     write_run_plots(run, result)
     best = run / "model.safetensors"
     _show(
@@ -194,6 +182,7 @@ def evaluate(
     """Top-1 and top-5 accuracy of a checkpoint or an exported file."""
     from nextvit.data.folders import default_eval_split, read_split
     from nextvit.data.loader import batches, eval_transform
+    from nextvit.devices import cpu_count
     from nextvit.evaluate import evaluate as run_evaluation
     from nextvit.runtime.open import open_session
     from nextvit.runtime.predictor import Predictor
@@ -201,7 +190,8 @@ def evaluate(
     predictor = Predictor(open_session(model, weights=weights, device=device, threads=threads, precision=precision))
     _warn_of_random_weights(model, weights)
     part = read_split(data, split or default_eval_split(data), predictor.labels)
-    source = batches(part, eval_transform(predictor.metadata.preprocess), batch_size=batch_size)
+    loaders = min(8, cpu_count()) if predictor.session.setup.device.startswith("cuda") else 0
+    source = batches(part, eval_transform(predictor.metadata.preprocess), batch_size=batch_size, workers=loaders)
     result = run_evaluation(predictor.run, source, part, total=-(-len(part) // batch_size))
     if result.rejected and not allow_bad:
         raise UserError(
@@ -273,7 +263,7 @@ def predict(
 @app.command(epilog="Example: nextvit export runs/first/model.safetensors --to onnx")
 def export(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A variant's name or a checkpoint.")],
-    to: Annotated[To, typer.Option(help="The format.")],
+    to: Annotated[str, typer.Option(metavar="FORMAT", help=f"{', '.join(f.name for f in FORMATS)}.")],
     output: Annotated[
         Path | None, typer.Option(help="The file; left out: named for variant, size and precision.")
     ] = None,
@@ -291,12 +281,11 @@ def export(
     from nextvit.formats import format_named, format_of
     from nextvit.runtime.open import open_model
 
+    fmt = format_named(to)
+    if output is not None and format_of(output) != fmt:
+        raise UserError(f"--to {to} writes {fmt.suffix} files; --output {output} ends otherwise.")
     network = open_model(model, weights)
-    if output is not None and format_of(output) != format_named(to.value):
-        raise UserError(
-            f"--to {to.value} writes {format_named(to.value).suffix} files; --output {output} ends otherwise."
-        )
-    path = output or default_path(model, network.metadata.with_image_size(image_size), to.value)
+    path = output or default_path(model, network.metadata.with_image_size(image_size), to)
     report = run_export(network, path, image_size=image_size, dynamic=not static)
     p, s = report.parity, report.setup
     lines = [
@@ -340,9 +329,9 @@ def benchmark(
 ) -> None:
     """Latency of models, runtimes and precisions side by side, in one interleaved run."""
     from nextvit.benchmark import benchmark as run_benchmark
+    from nextvit.candidates import open_candidates
     from nextvit.devices import cpu_count
     from nextvit.report import latency_lines, write_latency
-    from nextvit.runtime.candidates import open_candidates
 
     with open_candidates(
         model,
@@ -410,34 +399,20 @@ def _show(values: Any, as_json: bool, lines: Sequence[str] | None = None) -> Non
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb and return the exit code: 0 done, 2 the user can mend it, 1 anything else, 130 after SIGINT."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in given
-    if (
-        arguments is None
-    ):  # a process of its own: SIGTERM ends it as an exception does, so that nothing is left half-written
+    if arguments is None:  # a process of its own: SIGTERM ends it as an exception does, so nothing is left half-written
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-    try:
-        code = app(given, prog_name="nextvit", standalone_mode=False)
-    except USAGE_ERROR as error:
-        print(
-            f"error: {error.format_message().rstrip('.')}; `nextvit VERB --help` tells what it takes.", file=sys.stderr
-        )
-        return 2
-    except (KeyboardInterrupt, typer.Abort):
-        print("interrupted.", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except UserError as error:
-        if debug:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Exception as error:  # the last resort: a sentence and a code for whoever runs this in a script
-        if debug:
-            traceback.print_exc()
-        text = str(error).strip().splitlines() or [""]
-        print(f"error: {type(error).__name__}: {text[0]} (--debug shows where)", file=sys.stderr)
-        return 1
-    return code if isinstance(code, int) else 0
+
+    def run() -> object:
+        try:
+            return app(given, prog_name="nextvit", standalone_mode=False)
+        except USAGE_ERROR as error:
+            sentence = error.format_message().rstrip(".")
+            raise UserError(f"{sentence}; `nextvit VERB --help` tells what it takes.") from error
+        except typer.Abort as error:
+            raise KeyboardInterrupt from error
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+
+    return exit_code(run, debug="--debug" in given)

@@ -2,11 +2,11 @@
 
 import difflib
 from dataclasses import replace
-from importlib import resources
 from pathlib import Path
 
 import torch
 
+from nextvit import imagenet
 from nextvit.backbone import NextViT
 from nextvit.errors import UserError
 from nextvit.metadata import Metadata
@@ -42,7 +42,7 @@ def variant_named(name: str) -> Variant:
 def create_model(
     name: str,
     *,
-    weights: str | Path | None = None,
+    weights: str | Path | WeightFile | None = None,
     num_classes: int | None = None,
     in_channels: int = 3,
     features_only: bool = False,
@@ -51,8 +51,9 @@ def create_model(
 ) -> NextViT:
     """Build a Next-ViT: (B, in_channels, H, W) float -> (B, num_classes) logits.
 
-    weights: None (random), a file (official .pth, timm .pth or .safetensors, our own .safetensors or .ckpt), a
-        published tag ("in1k", "in1k_384", "in1k_6m", "in1k_6m_384"), or "hf-hub:org/name".
+    weights: None (random), a file (official .pth, timm .pth or .safetensors, our own .safetensors or .ckpt; or what
+        `weights.read_weights` gave), a published tag ("in1k", "in1k_384", "in1k_6m", "in1k_6m_384"), or
+        "hf-hub:org/name".
     num_classes: None: as the weights have it, else 1000. Another count than the weights': the last layer is new.
     features_only: forward returns the four raw stage outputs at strides 4, 8, 16, 32, without the final norm.
     drop_path_rate: stochastic depth at the last block; None: the variant's own.
@@ -72,8 +73,12 @@ def create_model(
     metadata = Metadata(name, kv_pooling=kv_pooling, in_channels=in_channels)
     found = None
     if weights is not None:
-        path, preprocess = resolve(name, weights)
-        file = read_weights(path)
+        preprocess = None
+        if isinstance(weights, WeightFile):
+            file = weights
+        else:
+            path, preprocess = resolve(name, weights)
+            file = read_weights(path)
         if file.metadata is not None:
             metadata = _agreeing(file.metadata, name, kv_pooling, file.source)
         elif preprocess is not None:
@@ -98,21 +103,26 @@ def create_model(
     if num_classes != metadata.num_classes:
         metadata = replace(metadata, labels=())
     elif found is not None and file.metadata is None:
-        metadata = replace(metadata, labels=imagenet_labels())
+        metadata = replace(metadata, labels=imagenet.labels())
     model.metadata = replace(metadata, num_classes=num_classes, in_channels=in_channels)
     return model.to(memory_format=torch.channels_last)  # as the forward pass wants its filters
 
 
 def open_checkpoint(path: str | Path) -> NextViT:
     """The network of a weight file, built as its metadata says; without metadata, as its tensors do."""
-    file = read_weights(path)
+    return model_of(read_weights(path))
+
+
+def model_of(file: WeightFile) -> NextViT:
+    """The same of a file that was read already."""
     if file.metadata is not None:
         m = file.metadata
-        return create_model(m.variant, weights=path, in_channels=m.in_channels, kv_pooling=m.kv_pooling)
+        return create_model(m.variant, weights=file, in_channels=m.in_channels, kv_pooling=m.kv_pooling)
     variant = variant_of(file)
     if variant is None:
-        raise UserError(f"{path} fits none of {', '.join(list_models())}; `nextvit info {path}` shows what it holds.")
-    return create_model(variant.name, weights=path, in_channels=file.tensors[FIRST_FILTER].shape[1])
+        names = ", ".join(list_models())
+        raise UserError(f"{file.source} fits none of {names}; `nextvit info {file.source}` shows what it holds.")
+    return create_model(variant.name, weights=file, in_channels=file.tensors[FIRST_FILTER].shape[1])
 
 
 def variant_of(file: WeightFile) -> Variant | None:
@@ -128,12 +138,6 @@ def variant_of(file: WeightFile) -> Variant | None:
         if found.keys() == wanted.keys() and all(found[k].shape == wanted[k].shape for k in wanted if k not in free):
             return variant
     return None
-
-
-def imagenet_labels() -> tuple[str, ...]:
-    """Names of the 1000 classes of ImageNet-1K, in the order of the published weights."""
-    text = (resources.files("nextvit.data") / "imagenet_labels.txt").read_text(encoding="utf-8")
-    return tuple(text.splitlines())
 
 
 def _agreeing(found: Metadata, name: str, kv_pooling: str, source: str) -> Metadata:

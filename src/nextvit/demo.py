@@ -19,6 +19,7 @@ from nextvit.data.folders import Split, read_split
 from nextvit.data.images import read_image
 from nextvit.data.loader import batches, eval_transform
 from nextvit.devices import cpu_count
+from nextvit.errors import exit_code
 from nextvit.evaluate import Evaluation, evaluate
 from nextvit.exporters.export import ExportReport, export
 from nextvit.metrics import TopK
@@ -42,7 +43,7 @@ def main(run: Path) -> None:
     torch.set_num_threads(threads)
 
     with step("train nextvit_nano on the shipped garments"):
-        validation = train("demo", recipe, run, weights="none", threads=1 if threads == 2 else threads)
+        validation = train("demo", recipe, run, threads=1 if threads == 2 else threads)
         report.write_run_plots(run, validation)
     best = run / "model.safetensors"
     model = open_checkpoint(best)
@@ -225,4 +226,4 @@ def write_report(
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo"))
+    sys.exit(exit_code(lambda: main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo")), debug=False))

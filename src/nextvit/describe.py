@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from nextvit.cost import cost
-from nextvit.create import create_model, list_models, open_checkpoint, variant_named, variant_of
+from nextvit.create import create_model, list_models, model_of, variant_named, variant_of
 from nextvit.formats import format_of
 from nextvit.runtime.open import open_session
 from nextvit.spec import VARIANTS
@@ -87,7 +87,7 @@ def describe_file(path: Path, image_size: int | None) -> dict[str, Any]:
     if file.state is not None:
         told["checkpoint"] = {"epochs_done": file.state["epoch"], "step": file.state["step"]}
     if variant is not None:
-        model = open_checkpoint(path)
+        model = model_of(file)
         counted = cost(model, image_size or model.metadata.preprocess.image_size)
         told |= {"params": counted.params, "image_size": counted.image_size, "gflops": round(counted.gflops_paper, 4)}
     else:

@@ -41,7 +41,9 @@ def pick_precision(name: str, device: torch.device) -> Precision:
     """`auto`: half precision on GPUs that have it, else fp32. Refuses a precision that the device only emulates."""
     fast = fast_precisions(device)
     if name == "auto":
-        return fast[1] if device.type == "cuda" else "fp32"
+        name = fast[1] if device.type == "cuda" else "fp32"
+    if device.type == "cuda":  # fp32 means fp32; torch would take TF32 for convolutions, 10 bits of mantissa
+        torch.backends.fp32_precision = "ieee"  # type: ignore[attr-defined]
     if name not in fast:
         raise UserError(f"{device.type} here does not compute in {name}; take one of {', '.join(fast)}.")
     return fast[fast.index(name)]

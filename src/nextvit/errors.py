@@ -1,8 +1,12 @@
-"""Errors that the user can mend: a sentence that says what was wrong and what to do. The command line exits with 2."""
+"""What ends a command early, and the exit code that each has."""
+
+import sys
+import traceback
+from collections.abc import Callable
 
 
 class UserError(ValueError):
-    """Bad input: an argument, a file, or data that does not fit."""
+    """Bad input: an argument, a file, or data that does not fit. A sentence that says what was wrong and what to do."""
 
 
 class MissingExtra(UserError, ImportError):
@@ -15,3 +19,36 @@ class Diverged(UserError):
 
 class ParityError(RuntimeError):
     """An exported file does not answer as its model does. Not the user's mistake: the command line exits with 1."""
+
+
+class Interrupted(Exception):
+    """A signal asked for an end; what there was to save is saved. Carries the signal's number."""
+
+    def __init__(self, number: int, next_step: str = ""):
+        super().__init__(next_step or "interrupted.")
+        self.number = number
+
+
+def exit_code(run: Callable[[], object], *, debug: bool) -> int:
+    """Run a command: 0 done, 2 the user can mend it, 128 + N after signal N, 1 anything else; errors in one sentence.
+
+    debug: show the traceback too. SystemExit passes.
+    """
+    try:
+        code = run()
+        return code if isinstance(code, int) else 0
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        if isinstance(error, Interrupted):
+            print(error, file=sys.stderr)
+            return 128 + error.number
+        if isinstance(error, UserError):
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        text = str(error).strip().splitlines() or [""]
+        print(f"error: {type(error).__name__}: {text[0]} (--debug shows where)", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted.", file=sys.stderr)
+        return 130

@@ -1,6 +1,7 @@
 """Writing that a crash cannot spoil, and a seal that finds a flipped bit."""
 
 import csv
+import errno
 import hashlib
 import io
 import os
@@ -15,6 +16,7 @@ from typing import Any
 from nextvit.errors import UserError
 
 SEAL = "nextvit-sha256:"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 OPEN_SEAL = SEAL + "0" * 64  # written with the file's metadata; close_seal() puts the digest in its place
 
 
@@ -41,6 +43,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         for file in written:
             os.replace(file, final.parent / file.name)
         _sync(final.parent)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise UserError(f"cannot write {final}: {error.strerror}; make room, or choose another --output.") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -2,9 +2,10 @@
 
 import difflib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -13,14 +14,14 @@ from pydantic.dataclasses import dataclass
 
 from nextvit.errors import UserError
 
-strict = dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+STRICT = ConfigDict(extra="forbid")
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 
 
-@strict
+@dataclass(frozen=True, config=STRICT)
 class Optimizer:
     """AdamW (paper, 4.1)."""
 
@@ -29,7 +30,7 @@ class Optimizer:
     clip_norm: Positive = 5.0  # of the gradient of all parameters together
 
 
-@strict
+@dataclass(frozen=True, config=STRICT)
 class Schedule:
     """Linear warm-up, then a cosine, updated every step."""
 
@@ -38,7 +39,7 @@ class Schedule:
     min_lr: NotNegative = 1e-5
 
 
-@strict
+@dataclass(frozen=True, config=STRICT)
 class Images:
     """Size of the input and augmentation in training; evaluation cuts the centre out."""
 
@@ -50,11 +51,12 @@ class Images:
     flip: Share = 0.5  # probability of a horizontal flip
 
 
-@strict
+@dataclass(frozen=True, config=STRICT)
 class Recipe:
     """All of a run. `runs/NAME/recipe.yaml` holds it whole."""
 
     model: str = "nextvit_nano"
+    weights: str | None = None  # a file, a published tag, "none"; None: published ones where the variant has them
     batch_size: Count = 16
     optimizer: Optimizer = Field(default_factory=Optimizer)
     schedule: Schedule = Field(default_factory=Schedule)
@@ -84,11 +86,11 @@ def shipped() -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
 
 
-def read_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+def read_recipe(name: str, overrides: Sequence[str] = (), values: Mapping[str, Any] = MappingProxyType({})) -> Recipe:
     """A shipped recipe by name or a YAML file by path, with `key=value` overrides such as `optimizer.lr=5e-4`.
 
-    A recipe file holds differences from the defaults. Raises UserError for a key that does not exist, with the nearest
-    one that does, and for a value out of range.
+    values: overrides too, dotted key to value; `overrides` win. A file holds differences from the defaults. Raises
+    UserError for a key that does not exist, with the nearest one that does, and for a value out of range.
     """
     if name in shipped():
         text = (resources.files("nextvit") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
@@ -101,35 +103,41 @@ def read_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
             ) from error
     else:
         raise UserError(f"there is no recipe {name!r}; give a YAML file or one of {', '.join(shipped())}.")
-    return parse_recipe(text, name, overrides)
+    return parse_recipe(text, name, overrides, values)
 
 
-def parse_recipe(text: str, source: str, overrides: Sequence[str] = ()) -> Recipe:
+def parse_recipe(
+    text: str, source: str, overrides: Sequence[str] = (), values: Mapping[str, Any] = MappingProxyType({})
+) -> Recipe:
     """A recipe of YAML text, with overrides; see read_recipe."""
     try:
-        values: Any = yaml.safe_load(text) or {}
+        nested: Any = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise UserError(f"{source} is not plain YAML: {str(error).splitlines()[0]}.") from error
-    if not isinstance(values, dict):
+    if not isinstance(nested, dict):
         raise UserError(f"{source} must be a mapping of keys to values.")
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise UserError(f"--set takes key=value, such as optimizer.lr=5e-4, not {override!r}.")
-        *groups, last = key.strip().split(".")
-        inner = values
+    for key, value in {**values, **dict(map(_key_and_value, overrides))}.items():
+        *groups, last = key.split(".")
+        inner = nested
         for group in groups:
             inner = inner.setdefault(group, {})
             if not isinstance(inner, dict):
                 raise UserError(f"{key} cannot be set: {group} is one value, not a group.")
-        try:
-            inner[last] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UserError(f"--set {override} has a value that cannot be read.") from error
+        inner[last] = value
     try:
-        return TypeAdapter(Recipe).validate_python(values)
+        return TypeAdapter(Recipe).validate_python(nested)
     except ValidationError as error:
         raise UserError(_sentence(error, source)) from error
+
+
+def _key_and_value(override: str) -> tuple[str, Any]:
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise UserError(f"--set takes key=value, such as optimizer.lr=5e-4, not {override!r}.")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override} has a value that cannot be read.") from error
 
 
 def _sentence(error: ValidationError, source: str) -> str:

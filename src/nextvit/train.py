@@ -1,6 +1,7 @@
 """Training: one flat loop, a run folder that is whole at every moment, and resuming from it."""
 
 import math
+import os
 import re
 import signal
 import warnings
@@ -20,7 +21,7 @@ from nextvit.create import create_model, open_checkpoint
 from nextvit.data.folders import Split, read_split
 from nextvit.data.loader import Batch, Transform, batches, eval_transform, shuffled
 from nextvit.devices import DTYPES, cpu_count, pick_device, pick_precision, set_threads
-from nextvit.errors import Diverged, UserError
+from nextvit.errors import Diverged, Interrupted, UserError
 from nextvit.evaluate import Evaluation, evaluate
 from nextvit.extras import need
 from nextvit.files import replacing, sweep, write_rows, write_text
@@ -64,6 +65,7 @@ class Run:
     """Everything that the loop works on."""
 
     recipe: Recipe
+    data: str
     folder: Path
     training: Split
     validation: Split
@@ -85,14 +87,6 @@ class Run:
         return len(self.training) // self.batch_size
 
 
-class Interrupted(Exception):
-    """A signal asked the run to end; everything is saved. Carries the signal's number."""
-
-    def __init__(self, number: int):
-        super().__init__(f"interrupted by signal {number}")
-        self.number = number
-
-
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
 
@@ -101,7 +95,6 @@ def train(
     recipe: Recipe,
     folder: Path,
     *,
-    weights: str | None = None,
     resume: bool = False,
     device: str = "auto",
     precision: str = "auto",
@@ -111,14 +104,14 @@ def train(
 ) -> Evaluation:
     """Train a classifier on the images of `data` and keep everything in the run folder `folder`.
 
-    weights: a file, a published tag, "none", or None: published weights where the variant has them, else from scratch.
     resume: go on from the newest whole checkpoint in `folder`, with the recipe that it was started with.
     workers: processes that load images; None: one beside a CPU that trains, up to eight for a GPU.
 
     Returns the evaluation of the best epoch on `val`. Raises UserError for data or arguments that do not fit, Diverged
     when a loss is not finite (the last checkpoint is kept), Interrupted after a signal, once the state is saved.
     """
-    run = _prepare(data, recipe, folder, weights, resume, device, precision, threads, workers, deterministic)
+    run = _prepare(data, recipe, folder, resume, device, precision, threads, workers, deterministic)
+    recipe = run.recipe
     write_text(folder / "recipe.yaml", recipe.to_yaml())
     say(
         f"{recipe.model} on {len(run.training)} images of {len(run.training.labels)} classes, {len(run.validation)} to "
@@ -129,13 +122,17 @@ def train(
             train_epoch(run, received)
             finish_epoch(run)
             if received:
-                raise Interrupted(received[0])
+                raise _interrupted(run, received[0])
     if run.position.rejected:
         rows = [{"file": file, "reason": why} for file, why in sorted(run.position.rejected.items())]
         write_rows(folder / "rejected.csv", rows)
         say(f"note: {len(rows)} images could not be read and were left out; {folder / 'rejected.csv'} names them.")
     best = open_checkpoint(folder / WEIGHTS).to(run.device)
-    return validate(best, run.validation, run.device, run.batch_size)
+    return validate(best, run)
+
+
+def _interrupted(run: Run, number: int) -> Interrupted:
+    return Interrupted(number, f"saved; go on with: nextvit train {run.data} --resume {run.folder}")
 
 
 def train_epoch(run: Run, received: Sequence[int]) -> None:
@@ -164,7 +161,7 @@ def train_epoch(run: Run, received: Sequence[int]) -> None:
         at.step += 1
         if received:
             save_checkpoint(run, LAST)
-            raise Interrupted(received[0])
+            raise _interrupted(run, received[0])
 
 
 def train_step(run: Run, batch: Batch, lr: float) -> float:
@@ -203,7 +200,7 @@ def finish_epoch(run: Run) -> None:
     if not at.loss_images:
         why = next(iter(at.rejected.values()), "no batch has two images")
         raise UserError(f"no image of {run.training.name} could be trained on: {why}")
-    validated = validate(run.model, run.validation, run.device, run.batch_size)
+    validated = validate(run.model, run)
     at.rejected |= {str(run.validation.files[index]): why for index, why in validated.rejected}
     m = validated.metrics
     lr = learning_rate(at.epoch + 1 - 1 / run.steps, recipe)
@@ -240,17 +237,17 @@ def learning_rate(epoch: float, recipe: Recipe) -> float:
     return least + 0.5 * (peak - least) * (1 + math.cos(math.pi * share))
 
 
-def validate(model: NextViT, split: Split, place: torch.device, batch_size: int) -> Evaluation:
-    """Metrics of the model on a split, in fp32, with the model's own preprocessing."""
+def validate(model: NextViT, run: Run) -> Evaluation:
+    """Metrics of the model on the run's validation split, in fp32, with the model's own preprocessing."""
     model.eval()
 
-    def run(images: np.ndarray) -> np.ndarray:
+    def forward(images: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
-            return model(torch.from_numpy(images).to(place)).float().cpu().numpy()
+            return model(torch.from_numpy(images).to(run.device)).float().cpu().numpy()
 
-    size = 2 * batch_size
-    source = batches(split, eval_transform(model.metadata.preprocess), batch_size=size)
-    return evaluate(run, source, split, total=-(-len(split) // size), label="validate")
+    split, size = run.validation, 2 * run.batch_size
+    source = batches(split, eval_transform(model.metadata.preprocess), batch_size=size, workers=run.workers)
+    return evaluate(forward, source, split, total=-(-len(split) // size), label="validate")
 
 
 def train_transform(recipe: Recipe, p: Preprocess) -> Transform:
@@ -273,7 +270,6 @@ def _prepare(
     data: str | Path,
     recipe: Recipe,
     folder: Path,
-    weights: str | None,
     resume: bool,
     device: str,
     precision: str,
@@ -293,12 +289,12 @@ def _prepare(
     if len(training) < 2:
         raise UserError(f"{data} has one training image only; a network with BatchNorm needs two or more.")
     validation = read_split(data, "val", training.labels)
-    for note in training.notes + validation.notes:
-        say(f"note: {note}.")
     if saved is not None:
-        _check_same_data(saved, training, folder)
+        _check_same_data(saved, training, validation, folder)
         sweep(folder)
         state = saved.state or {}
+        if precision not in ("auto", state["precision"]):
+            say(f"note: {folder} was begun in {state['precision']} and goes on in {precision}.")
         precision = state["precision"] if precision == "auto" else precision
         deterministic = deterministic or state["deterministic"]
         if not (folder / WEIGHTS).exists() and (folder / BEST).exists():
@@ -306,8 +302,22 @@ def _prepare(
             save_weights(folder / WEIGHTS, model_tensors(best), best.metadata or Metadata(recipe.model))
     chosen = pick_precision(precision, place)
     torch.manual_seed(recipe.seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     torch.use_deterministic_algorithms(deterministic)
-    model = _new_model(recipe, training.labels, weights, saved).to(place)
+    told = recipe.weights is not None
+    if not told:
+        recipe = replace(recipe, weights="in1k" if recipe.model in PUBLISHED else "none")
+    if saved is None:
+        say(f"starting from {'random weights' if recipe.weights == 'none' else f'the weights {recipe.weights}'}.")
+    for note in training.notes + validation.notes:
+        say(f"note: {note}.")
+    try:
+        model = _new_model(recipe, training.labels, saved).to(place)
+    except UserError as error:
+        if saved is None and not told and recipe.weights != "none":
+            raise UserError(f"{error} To start from random weights: --weights none.") from error
+        raise
     groups = _parameter_groups(model, recipe.optimizer.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=recipe.optimizer.lr, fused=place.type != "mps")
     scaler = torch.amp.GradScaler(place.type, enabled=chosen == "fp16")
@@ -315,34 +325,22 @@ def _prepare(
     if saved is not None:
         position = load_training_state(saved, optimizer, scaler, place)
         say(f"resuming {folder}: {position.epoch} of {recipe.schedule.epochs} epochs done, at step {position.step}.")
-    return Run(recipe, folder, training, validation, model, optimizer, scaler, place, chosen, workers, position)
+    return Run(
+        recipe, str(data), folder, training, validation, model, optimizer, scaler, place, chosen, workers, position
+    )
 
 
-def _new_model(recipe: Recipe, labels: Sequence[str], weights: str | None, saved: WeightFile | None) -> NextViT:
-    """The network to start from, with its metadata; the first line printed says where its weights come from."""
-    source: str | None
-    if saved is not None:
-        source = saved.source
-    elif weights is None:
-        source = "in1k" if recipe.model in PUBLISHED else None
-    else:
-        source = None if weights == "none" else weights
-    if saved is None:
-        say(f"starting from {'random weights' if source is None else f'the weights {source}'}.")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the last layer is new is what training on other classes means
-            model = create_model(
-                recipe.model,
-                weights=source,
-                num_classes=len(labels),
-                drop_path_rate=recipe.drop_path,
-                kv_pooling=recipe.kv_pooling,
-            )
-    except UserError as error:
-        if saved is None and weights is None and source is not None:
-            raise UserError(f"{error} To start from random weights: --weights none.") from error
-        raise
+def _new_model(recipe: Recipe, labels: Sequence[str], saved: WeightFile | None) -> NextViT:
+    """The network to start from or to go on with, with its metadata."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the last layer is new is what training on other classes means
+        model = create_model(
+            recipe.model,
+            weights=saved if saved is not None else None if recipe.weights == "none" else recipe.weights,
+            num_classes=len(labels),
+            drop_path_rate=recipe.drop_path,
+            kv_pooling=recipe.kv_pooling,
+        )
     r, p = recipe.images, model.metadata.preprocess
     p = replace(p, image_size=r.size, crop=r.crop, interpolation=r.interpolation)
     model.metadata = replace(model.metadata, labels=tuple(labels), preprocess=p)
@@ -372,17 +370,21 @@ def new_run_folder(data: str | Path, recipe: Recipe) -> Path:
     return folder
 
 
-def _fingerprint(split: Split) -> dict[str, Any]:
-    return {"images": len(split), "labels": list(split.labels)}
+def _fingerprint(training: Split, validation: Split) -> dict[str, Any]:
+    return {
+        "labels": list(training.labels),
+        "images": [len(training), len(validation)],
+        "files": [training.sha256, validation.sha256],
+    }
 
 
-def _check_same_data(saved: WeightFile, training: Split, folder: Path) -> None:
-    for key, value in _fingerprint(training).items():
+def _check_same_data(saved: WeightFile, training: Split, validation: Split, folder: Path) -> None:
+    for key, now in _fingerprint(training, validation).items():
         before = (saved.state or {})["data"][key]
-        if before != value:
+        if before != now:
             raise UserError(
-                f"{folder} was trained with other {key} ({before}, now {value}); give the same data, or start a new "
-                "run with --weights."
+                f"{folder} was trained with other {key} ({before}, now {now}); give the same data, or start a new run "
+                f"with --weights {folder / WEIGHTS}."
             )
 
 
@@ -395,8 +397,9 @@ def save_checkpoint(run: Run, name: str) -> None:
     tensors["generator.cpu"] = torch.get_rng_state()
     if run.device.type == "cuda":
         tensors["generator.cuda"] = torch.cuda.get_rng_state(run.device)
-    state = {**asdict(run.position), "data": _fingerprint(run.training), "scaler": run.scaler.state_dict()}
-    state |= {"precision": run.precision, "deterministic": torch.are_deterministic_algorithms_enabled()}
+    state = {**asdict(run.position), "data": _fingerprint(run.training, run.validation)}
+    state |= {"scaler": run.scaler.state_dict(), "precision": run.precision}
+    state |= {"deterministic": torch.are_deterministic_algorithms_enabled()}
     with replacing(path) as unfinished:
         save_weights(unfinished, tensors, run.model.metadata, state)
         if name == LAST and path.exists():
@@ -419,7 +422,8 @@ def load_training_state(
                 tensor = torch.empty_like(parameter, requires_grad=False).copy_(tensor)
             moments.setdefault(int(index), {})[name] = tensor
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    scaler.load_state_dict(state["scaler"])
+    if scaler.is_enabled() and state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
     torch.set_rng_state(saved.tensors["generator.cpu"])
     if place.type == "cuda" and "generator.cuda" in saved.tensors:
         torch.cuda.set_rng_state(saved.tensors["generator.cuda"], place)

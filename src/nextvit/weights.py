@@ -1,7 +1,9 @@
 """Weight files: read safely, told apart by their keys, mapped by name, and loaded whole or not at all."""
 
 import argparse
+import io
 import json
+import os
 import pickle
 import re
 import warnings
@@ -94,14 +96,10 @@ def _read_safetensors(path: Path) -> WeightFile:
 def _read_pickle(path: Path, *, zipped: bool) -> Any:
     """torch.load, weights only. Official files hold their command line as a Namespace: allowed, and ignored."""
     try:
-        if zipped:
-            with zipfile.ZipFile(path) as archive:
-                broken = archive.testzip()  # torch does not check the sums itself
-                if broken is not None:
-                    raise zipfile.BadZipFile(broken)
+        source = _checked_archive(path) if zipped else path
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
         if wanted:
@@ -112,6 +110,18 @@ def _read_pickle(path: Path, *, zipped: bool) -> Any:
         raise UserError(f"{path} is no weight file, or is damaged; copy or download it again.") from error
     except Exception as error:  # a crafted or torn file can make the unpickler raise anything
         raise UserError(f"{path} is no weight file, or is damaged; copy or download it again.") from error
+
+
+def _checked_archive(path: Path) -> io.BytesIO:
+    """The archive anew from what `zipfile` read: torch checks no sums, and reads a torn directory in its own way."""
+    anew = io.BytesIO()
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(anew, "w") as copy:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:  # torch never compresses; a bomb would
+                raise zipfile.BadZipFile(f"{entry.filename} is compressed")
+            copy.writestr(entry.filename, archive.read(entry))  # raises where the sum is not the one stored
+    anew.seek(0)
+    return anew
 
 
 def _state_dict(found: Any, path: Path) -> dict[str, Tensor]:
@@ -214,20 +224,26 @@ def _download(repository: str) -> tuple[Path, Preprocess]:
             # The hub client retries for up to a minute; one short question first tells whether anybody answers.
             huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=4)
             paths = [fetch(file, offline=False) for file in ("model.safetensors", "config.json")]
-        config = json.loads(paths[1].read_text())
     except Exception as error:  # the client's errors come from several libraries; each means: not to be had
         raise UserError(
             f"cannot get {repository} from the hub ({type(error).__name__}); check the name and the network, or "
             "download the file elsewhere and give its path as the weights."
         ) from error
-    given = config.get("pretrained_cfg", config)
-    preprocess = Preprocess(
-        image_size=int(given["input_size"][-1]),
-        crop=float(given["crop_pct"]),
-        interpolation=given["interpolation"],
-        mean=tuple(given["mean"]),
-        std=tuple(given["std"]),
-    )
+    try:
+        config = json.loads(paths[1].read_text(encoding="utf-8"))
+        given = config.get("pretrained_cfg", config)
+        preprocess = Preprocess(
+            image_size=int(given["input_size"][-1]),
+            crop=float(given["crop_pct"]),
+            interpolation=given["interpolation"],
+            mean=tuple(given["mean"]),
+            std=tuple(given["std"]),
+        )
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"the config.json of {repository} does not say how images are prepared ({type(error).__name__}: {error}); "
+            "download its weights and give the file instead."
+        ) from error
     return paths[0], preprocess
 
 
@@ -293,5 +309,9 @@ def save_weights(
     if state is not None:
         notes["state"] = json.dumps(state)
     with replacing(path) as unfinished:
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, unfinished, notes)
+        try:
+            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, unfinished, notes)
+        except SafetensorError as error:  # it tells an I/O error's number in its text alone
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) if number else error from error
         close_seal(unfinished)

@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from nextvit import __version__
+from nextvit.errors import UserError
 
 TILE = 28  # pixels
 TILES_A_ROW = 40
@@ -27,15 +28,22 @@ def made_once(name: str, write: Callable[[Path], None]) -> Path:
     """The folder `name` in the cache; `write` fills it at first use, and it appears only when it is whole."""
     folder = cache_folder() / f"{name}-{__version__}"
     if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {folder.parent}: {error.strerror}; set NEXTVIT_CACHE to a folder."
+            ) from error
         try:
             write(unfinished)
             unfinished.chmod(0o755)
             os.replace(unfinished, folder)
-        except OSError:
+        except OSError as error:
             if not folder.exists():  # else: another process was quicker
-                raise
+                raise UserError(
+                    f"cannot write to {folder.parent}: {error.strerror}; set NEXTVIT_CACHE to another folder."
+                ) from error
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return folder

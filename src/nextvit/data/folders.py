@@ -1,11 +1,14 @@
 """Folders of class folders, read as they are: classes by name, every file accounted for."""
 
+import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from nextvit import imagenet
 from nextvit.data.demo_images import demo_folder
 from nextvit.data.images import image_files
 from nextvit.errors import UserError
@@ -19,6 +22,7 @@ class Split:
     """One part of a data set: files, each with the index of its class in `labels`."""
 
     name: str
+    folder: Path  # that the class folders lie in
     labels: tuple[str, ...]
     files: tuple[Path, ...]
     targets: tuple[int, ...]
@@ -26,6 +30,13 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.files)
+
+    @property
+    def sha256(self) -> str:
+        """Of the names of the files, as they lie in the folder, and their classes: tells whether data is the same."""
+        names = (os.fsencode(file.relative_to(self.folder)) for file in self.files)
+        lines = (b"%d %s\0" % (target, name) for target, name in zip(self.targets, names, strict=True))
+        return hashlib.sha256(b"".join(lines)).hexdigest()
 
 
 def data_root(data: str | Path) -> Path:
@@ -41,8 +52,8 @@ def read_split(data: str | Path, name: str, labels: Sequence[str] | None = None)
 
     A single folder is split the same way each time: every fifth image of each class is `val` (of fewer, the
     last one), and there is no `test`.
-    labels: the classes of a model. Images are matched to them by name; a folder that is none of them is an error. None:
-    the classes are the folders, sorted.
+    labels: the classes of a model. Images are matched to them by name, those of ImageNet by WordNet id too; a folder
+    that is none of them is an error. None: the classes are the folders, sorted.
     """
     root = data_root(data)
     parts = [part for part in SPLITS if (root / part).is_dir()]
@@ -57,11 +68,14 @@ def read_split(data: str | Path, name: str, labels: Sequence[str] | None = None)
             f"{folder} has no class folders; put the images of each class into a folder of its name (train, val "
             "and test are the names of splits)."
         )
-    if labels is not None and (strange := [label for label in found if label not in labels]):
-        raise UserError(
-            f"{folder} has a class {strange[0]!r} that the model does not know; it knows {', '.join(labels[:20])}."
-        )
     classes = tuple(labels) if labels is not None else tuple(found)
+    number = {label: index for index, label in enumerate(classes)}
+    if classes == imagenet.labels():
+        number |= {wordnet_id: index for index, wordnet_id in enumerate(imagenet.wordnet_ids())}
+    if strange := [label for label in found if label not in number]:
+        raise UserError(
+            f"{folder} has a class {strange[0]!r} that the model does not know; it knows {', '.join(classes[:20])}."
+        )
     files: list[Path] = []
     targets: list[int] = []
     notes = [f"{folder} has files outside a class folder, which are left out" for p in folder.iterdir() if p.is_file()][
@@ -76,10 +90,10 @@ def read_split(data: str | Path, name: str, labels: Sequence[str] | None = None)
         if not own:
             notes.append(f"class {label!r} has no images in {name}")
         files += own
-        targets += [classes.index(label)] * len(own)
+        targets += [number[label]] * len(own)
     if not files:
         raise UserError(f"{folder} has no images for {name}; put the images of each class into its folder.")
-    return Split(name, classes, tuple(files), tuple(targets), tuple(notes))
+    return Split(name, folder, classes, tuple(files), tuple(targets), tuple(notes))
 
 
 def default_eval_split(data: str | Path) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -69,7 +70,11 @@ class _Collate:
 
 def eval_transform(p: Preprocess) -> Transform:
     """The preprocessing of evaluation and prediction, as a tensor."""
-    return lambda image: torch.from_numpy(preprocess(image, p))
+    return partial(_prepared, p=p)
+
+
+def _prepared(image: Image.Image, p: Preprocess) -> Tensor:
+    return torch.from_numpy(preprocess(image, p))
 
 
 def batches(

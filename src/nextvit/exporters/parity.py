@@ -17,6 +17,7 @@ from nextvit.metadata import Preprocess
 from nextvit.runtime.session import Session
 
 BOUND = 1e-4  # of the largest difference, relative to the largest output
+SPREAD_BOUND = 1e-3  # of the same, relative to how much a live model's outputs vary over the images
 LIVE = 1e-3  # outputs that vary less than this over the images, relative to their size, prove little
 
 
@@ -36,7 +37,7 @@ class Parity:
 
     @property
     def ok(self) -> bool:
-        return self.relative <= self.bound
+        return self.relative <= self.bound and (not self.live or self.max_abs <= SPREAD_BOUND * self.spread)
 
     @property
     def live(self) -> bool:

@@ -48,6 +48,8 @@ def open_session(
     fmt = format_of(path)
     if fmt is None:
         return TorchSession(open_model(model, weights), device=device, threads=threads, precision=precision)
+    if weights is not None:
+        raise UserError(f"--weights goes with a variant's name ({', '.join(list_models())}), not with {model}.")
     if not path.is_file():
         raise UserError(f"there is no file {path}; `nextvit export` makes one.")
     return EXPORTED[fmt.name](path, device=device, threads=threads, precision=precision)

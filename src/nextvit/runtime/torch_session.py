@@ -1,7 +1,10 @@
 """A model on torch, eager or folded."""
 
+import copy
+
 import numpy as np
 import torch
+from torch import nn
 
 from nextvit.backbone import NextViT
 from nextvit.devices import DTYPES, pick_device, pick_precision, set_threads
@@ -25,14 +28,19 @@ class TorchSession:
             set_threads(threads),
         )
         self._dtype = DTYPES[chosen]
-        ready = fold(model) if folded else model.eval()
-        self._model = ready.to(place)
+        self._model = _in_dtype(fold(model) if folded else copy.deepcopy(model).eval(), self._dtype).to(place)
         self._place = place
 
     def __call__(self, batch: np.ndarray) -> np.ndarray:
-        with (
-            torch.inference_mode(),
-            torch.autocast(self._place.type, self._dtype, enabled=self._dtype != torch.float32),
-        ):
-            images = torch.from_numpy(batch).to(self._place, memory_format=torch.channels_last)
+        with torch.inference_mode():
+            images = torch.from_numpy(batch).to(self._place, self._dtype, memory_format=torch.channels_last)
             return self._model(images).float().cpu().numpy()
+
+
+def _in_dtype(model: NextViT, dtype: torch.dtype) -> NextViT:
+    """All in `dtype` but BatchNorm, whose statistics need fp32 and whose operators take both."""
+    model = model.to(dtype)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.float()
+    return model
