@@ -221,10 +221,10 @@ def test_eval_maps_classes_by_name(trained, garment_folder, tmp_path):
     assert nextvit_here("eval", trained / "model.safetensors", tmp_path).returncode == 2
 
 
-def test_a_second_run_of_the_same_name_gets_a_number(garment_folder, tmp_path):
-    flags = ["--epochs", 1, "--image-size", 32]
+def test_a_second_run_of_the_same_name_gets_a_number(garment_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for expected in ("clothes-nano", "clothes-nano.2"):
-        done = nextvit("train", garment_folder, *flags, cwd=tmp_path)
+        done = nextvit_here("train", garment_folder, "--epochs", 1, "--image-size", 32)
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "runs" / expected / "model.safetensors").exists()
 

@@ -201,12 +201,12 @@ def test_export_eval_and_predict_of_a_trained_run_agree(trained, garment_folder,
     results = []
     models = [trained / "model.safetensors", trained / "best.ckpt"]
     for to, ending in (("onnx", ".onnx"), ("openvino", ".xml")):
-        done = run("export", models[0], "--to", to, "--output", tmp_path / f"m{ending}", "--json")
+        done = nextvit_here("export", models[0], "--to", to, "--output", tmp_path / f"m{ending}", "--json")
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["parity"]["ok"] is True
         models.append(tmp_path / f"m{ending}")
     for model in models:
-        scored = run("eval", model, garment_folder, "--json")
+        scored = nextvit_here("eval", model, garment_folder, "--json")
         assert scored.returncode == 0, scored.stderr
         answers = nextvit.load(model).predict([str(image) for image in images])
         results.append((json.loads(scored.stdout), answers))
