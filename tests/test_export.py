@@ -1,5 +1,6 @@
 """Exported files answer as the model does, at sizes and batches that were not traced, or are not written."""
 
+import importlib
 import json
 import re
 import shutil
@@ -10,7 +11,6 @@ import torch
 
 import nextvit
 from nextvit.errors import ParityError, UserError
-from nextvit.exporters import export as export_module
 from nextvit.runtime.open import open_session
 from tests.conftest import fill, nextvit_here
 from tests.conftest import nextvit as run
@@ -61,11 +61,15 @@ def test_the_report_says_how_the_file_was_checked(exported):
     assert p.ok
     assert p.live
     assert p.top1_agreement == 100
-    assert p.max_abs <= p.bound * p.size
+    assert p.max_abs <= p.bound.relative * p.size
     assert p.mean_abs <= p.max_abs
-    assert len(p.sizes) >= 4
-    assert report.bytes == sum(f.stat().st_size for f in path.parent.iterdir())
-    assert report.setup.precision == "fp32"
+    assert p.cosine > 0.99999
+    assert {row.batch for row in p.rows} >= {1, 2, 5}
+    assert len({(row.height, row.width) for row in p.rows}) == 2
+    assert p.setup.precision == report.precision == "fp32"
+    beside = json.loads(path.with_name(f"{path.name}.json").read_text())
+    assert beside == json.loads(json.dumps(report.to_dict()))
+    assert report.bytes == sum(f.stat().st_size for f in path.parent.iterdir() if f.suffix != ".json")
 
 
 def test_the_file_carries_its_metadata(exported):
@@ -102,18 +106,19 @@ def test_other_input_channels_export(channels, tmp_path):
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_a_file_that_answers_otherwise_is_not_kept(ending, tmp_path, monkeypatch):
-    """One weight is moved between folding and writing, as a faulty converter would."""
+    """One weight is moved before writing, as a faulty converter would."""
     model = fill(nextvit.create_model("nextvit_nano", num_classes=4))
-    honest = export_module.fold
+    writer = importlib.import_module({".onnx": "nextvit.exporters.onnx", ".xml": "nextvit.exporters.openvino"}[ending])
+    honest = writer.export_form
 
-    def faulty(network):
-        folded = honest(network)
-        folded.head.fc.weight.data[0] *= 1.1
-        return folded
+    def faulty(network, *, fixed):
+        form = honest(network, fixed=fixed)
+        form.head.fc.weight.data[0] *= 1.1
+        return form
 
     path = tmp_path / f"m{ending}"
     path.write_bytes(b"an older export")
-    monkeypatch.setattr(export_module, "fold", faulty)
+    monkeypatch.setattr(writer, "export_form", faulty)
     with pytest.raises(ParityError, match="was not written: its outputs differ"):
         nextvit.export(model, path)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
@@ -124,7 +129,7 @@ def test_a_file_that_answers_otherwise_is_not_kept(ending, tmp_path, monkeypatch
 def test_flipped_bits_and_missing_parts_are_found(ending, tmp_path):
     path = tmp_path / f"m{ending}"
     nextvit.export(fill(nextvit.create_model("nextvit_nano", num_classes=4)), path)
-    files = sorted(tmp_path.iterdir())
+    files = sorted(file for file in tmp_path.iterdir() if file.suffix != ".json")  # the report is no part of the model
     for file in files:
         good = file.read_bytes()
         for place in np.linspace(0, len(good) - 1, 25).astype(int):

@@ -146,6 +146,7 @@ class SequencePool(nn.Module):
 
     def __init__(self, reduction: int):
         super().__init__()
+        self.reduction = reduction
         self.pool = nn.AvgPool1d(reduction * reduction)
 
     def forward(self, x: Tensor) -> Tensor:

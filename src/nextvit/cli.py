@@ -6,6 +6,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -269,6 +270,14 @@ def export(
     ] = None,
     weights: Weights = None,
     image_size: ImageSize = None,
+    precision: Annotated[str, typer.Option(help="fp32, fp16, bf16 or int8, where the format has it.")] = "fp32",
+    calibration: Annotated[
+        Path | None, typer.Option(help="For int8: a folder of images like those to come, or `demo`.")
+    ] = None,
+    max_drop: Annotated[
+        float, typer.Option(min=0, help="For int8: points of accuracy that may be lost; layers stay float to keep it.")
+    ] = 0.5,
+    force: Annotated[bool, typer.Option("--force", help="Write int8 whatever it loses; the report says it.")] = False,
     static: Annotated[
         bool, typer.Option("--static", help="Fix batch 1 and the image size; else all three stay free.")
     ] = False,
@@ -279,26 +288,25 @@ def export(
     from nextvit.exporters.export import default_path
     from nextvit.exporters.export import export as run_export
     from nextvit.formats import format_named, format_of
+    from nextvit.report import export_lines
     from nextvit.runtime.open import open_model
 
     fmt = format_named(to)
     if output is not None and format_of(output) != fmt:
         raise UserError(f"--to {to} writes {fmt.suffix} files; --output {output} ends otherwise.")
     network = open_model(model, weights)
-    path = output or default_path(model, network.metadata.with_image_size(image_size), to)
-    report = run_export(network, path, image_size=image_size, dynamic=not static)
-    p, s = report.parity, report.setup
-    lines = [
-        f"{path} ({report.bytes / 1e6:.1f} MB, {report.seconds:.0f} s), run by {s.runtime} in {s.precision}:",
-        f"  largest difference {p.max_abs:.2e}, mean {p.mean_abs:.2e}, of logits up to {p.size:.3g}: "
-        f"relative {p.relative:.1e}, bound {p.bound:.0e}",
-        f"  same first label for {p.top1_agreement:.2f} % of {p.images} inputs ({', '.join(p.sizes)}); "
-        f"spread over the images {p.spread:.3g}",
-    ]
-    if not p.live:
-        lines.append("  note: the outputs hardly depend on the image (random weights?), so the agreement says little.")
-    lines.append(f"next: nextvit benchmark {path}")
-    _show(report.to_dict(), as_json, lines)
+    metadata = replace(network.metadata.with_image_size(image_size), precision=precision)
+    path = output or default_path(model, metadata, to)
+    report = run_export(
+        network,
+        path,
+        image_size=image_size,
+        precision=precision,
+        calibration=calibration,
+        max_drop=None if force else max_drop,
+        dynamic=not static,
+    )
+    _show(report.to_dict(), as_json, [*export_lines(report), f"next: nextvit benchmark {path}"])
 
 
 @app.command(epilog="Example: nextvit benchmark nextvit_nano --runtimes eager,folded,onnx,openvino --image-size 224")

@@ -21,6 +21,10 @@ class ParityError(RuntimeError):
     """An exported file does not answer as its model does. Not the user's mistake: the command line exits with 1."""
 
 
+class AccuracyError(RuntimeError):
+    """An int8 file loses more accuracy than was allowed. The command line exits with 1."""
+
+
 class Interrupted(Exception):
     """A signal asked for an end; what there was to save is saved. Carries the signal's number."""
 

@@ -14,11 +14,17 @@ class Format:
     name: str
     suffix: str
     extra: str  # of the package, with the libraries that write and run it
+    precisions: tuple[str, ...]
+
+    def check(self, precision: str) -> None:
+        """Raise UserError for a precision that the format does not have."""
+        if precision not in self.precisions:
+            raise UserError(f"{self.name} files are {', '.join(self.precisions)}, not {precision!r}.")
 
 
 FORMATS = (
-    Format("onnx", ".onnx", "onnx"),
-    Format("openvino", ".xml", "openvino"),
+    Format("onnx", ".onnx", "onnx", ("fp32", "fp16", "int8")),
+    Format("openvino", ".xml", "openvino", ("fp32", "fp16", "bf16", "int8")),
 )
 
 

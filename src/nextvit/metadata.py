@@ -53,6 +53,7 @@ class Metadata:
     num_classes: int = 1000
     in_channels: int = 3
     kv_pooling: KvPooling = "sequence"
+    precision: str = "fp32"  # that the file is made for: "fp32", "fp16", "bf16" or "int8"
     version: str = ""  # of nextvit, when the file was written
     recipe: str = ""  # SHA-256 of the training recipe; empty: not trained here
 

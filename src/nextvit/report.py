@@ -11,6 +11,7 @@ from nextvit.benchmark import CONFIDENCE, Row
 from nextvit.data.images import printable
 from nextvit.describe import table
 from nextvit.evaluate import Evaluation
+from nextvit.exporters.export import ExportReport
 from nextvit.files import write_rows, write_text
 
 
@@ -83,6 +84,43 @@ def write_latency(rows: Sequence[Row], path: Path) -> None:
     """The table as CSV, and as bars beside it."""
     write_rows(path, latency_records(rows))
     plots.latency(rows, path.with_suffix(".png"))
+
+
+def export_lines(report: ExportReport) -> list[str]:
+    """What an export came to, for a terminal."""
+    p, s = report.parity, report.parity.setup
+    rows = [
+        {
+            "input": f"{row.batch} x {row.height} x {row.width}",
+            "images": row.images,
+            "largest difference": f"{row.max_abs:.1e}",
+            "mean": f"{row.mean_abs:.1e}",
+            "cosine, centred": f"{row.cosine:.6f}",
+            "same first": f"{row.top1_agreement:.1f} %",
+            "in first 5": f"{row.top5_agreement:.1f} %",
+        }
+        for row in p.rows
+    ]
+    lines = [
+        f"{report.path} ({report.bytes / 1e6:.1f} MB, {report.seconds:.0f} s), run by {s.runtime} on {s.device} in "
+        f"{s.precision}, beside the model in fp32 on images that ship here:",
+        *(f"  {line}" for line in table(rows)),
+        f"  logits up to {p.size:.3g}, spread over the images {p.spread:.3g}; largest difference relative to both: "
+        f"{p.relative:.1e}, {p.to_spread:.1e}"
+        + (f" (bounds {p.bound.relative:.0e}, {p.bound.to_spread:.0e})" if p.bound else ""),
+    ]
+    if not p.live:
+        lines.append("  note: the outputs hardly depend on the image (random weights?), so the agreement says little.")
+    if report.accuracy is not None:
+        a = report.accuracy
+        lines.append(
+            f"  on {a.images} images: {a.metric} {a.float_value:.2f} % in float, {a.int8_value:.2f} % in int8, "
+            f"{a.drop:+.2f} points lost; same first label for {a.agreement:.2f} %"
+        )
+        shown = ", ".join(report.float_layers[:8])
+        more = len(report.float_layers) - 8
+        lines.append(f"  layers in float: {shown or 'none'}{f' and {more} more' if more > 0 else ''}")
+    return lines + [f"  note: {note}" for note in report.notes]
 
 
 # ---- HTML ------------------------------------------------------------------------------------------------------------

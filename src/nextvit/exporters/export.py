@@ -1,21 +1,26 @@
-"""export: fold, write, open again, compare; only then the file takes its name."""
+"""export: write, open again, measure and compare; only then the file takes its name."""
 
+import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from nextvit import __version__
 from nextvit.backbone import NextViT
-from nextvit.errors import ParityError, UserError
+from nextvit.data.images import ImageSource
+from nextvit.errors import AccuracyError, ParityError, UserError
+from nextvit.exporters.calibration import Calibration, read_calibration
 from nextvit.exporters.parity import Parity, compare
+from nextvit.exporters.quantization import Accuracy, accuracy, logits_of, plans, truth_of
 from nextvit.extras import need
 from nextvit.files import companion, replacing
-from nextvit.folding import fold
 from nextvit.formats import FORMATS, format_named, format_of
 from nextvit.metadata import Metadata
+from nextvit.progress import say
 from nextvit.runtime.open import open_session
-from nextvit.runtime.session import Setup
+from nextvit.runtime.torch_session import TorchSession
 
 
 @dataclass(frozen=True)
@@ -24,25 +29,41 @@ class ExportReport:
 
     path: str
     format: str
+    precision: str
     bytes: int  # of all its files
     seconds: float
-    setup: Setup  # of the check
     parity: Parity
+    accuracy: Accuracy | None = None  # of int8
+    float_layers: tuple[str, ...] = ()  # of int8: those that are computed in float
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
-        return {**asdict(self), "parity": self.parity.to_dict()}
+        told = None if self.accuracy is None else self.accuracy.to_dict()
+        return {**asdict(self), "parity": self.parity.to_dict(), "accuracy": told}
 
 
 def export(
-    model: NextViT, path: str | os.PathLike[str], *, image_size: int | None = None, dynamic: bool = True
+    model: NextViT,
+    path: str | os.PathLike[str],
+    *,
+    image_size: int | None = None,
+    precision: str = "fp32",
+    calibration: str | os.PathLike[str] | Sequence[ImageSource] | None = None,
+    max_drop: float | None = 0.5,
+    dynamic: bool = True,
 ) -> ExportReport:
-    """Write a model in the format that the ending of `path` names, fp32, and prove that the file answers as the model.
+    """Write a model in the format that the ending of `path` names, and prove that the file answers as the model does.
 
     image_size: pixels a side, recorded as the size to preprocess to; None: the model's own (224 for a fresh one).
+    precision: "fp32", "fp16", "bf16" or "int8", where the format has it.
+    calibration: for int8: a folder of images, `demo`, or a list of images as predict takes them.
+    max_drop: for int8: points of top-1 that may be lost against the float model (of agreement with it, where the images
+        have no known classes); layers are taken back to float to keep it. None: write what comes out, and report it.
     dynamic: batch, height and width stay free; else batch 1 and image_size are fixed.
 
-    Raises UserError for an ending that is no format or a model that cannot be exported, MissingExtra where a library is
-    missing, ParityError where the file's outputs differ from the model's; then nothing is left under `path`.
+    The report is also written beside the file, as JSON. Raises UserError for an ending that is no format or a model
+    that cannot be exported, MissingExtra where a library is missing, ParityError where the file's outputs differ from
+    the model's and AccuracyError where int8 loses more than max_drop; then nothing is left under `path`.
     """
     path = Path(path)
     fmt = format_of(path)
@@ -53,25 +74,82 @@ def export(
         raise UserError(f"export takes a model of nextvit.create_model, not {type(model).__name__}.")
     if model.features_only:
         raise UserError("a features_only model gives four maps; export the classifier, which ends in logits.")
+    fmt.check(precision)
+    if (precision == "int8") != (calibration is not None):
+        what = "needs calibration images" if calibration is None else "alone takes calibration images"
+        raise UserError(f"int8 {what}; give a folder of images like those that the model will see, or `demo`.")
+    if max_drop is not None and not max_drop >= 0:
+        raise UserError(f"max_drop must be 0 or more points, not {max_drop}.")
     writer = need(f"nextvit.exporters.{fmt.name}", extra=fmt.extra)
-    metadata = replace(model.metadata.with_image_size(image_size), version=__version__)
+    if precision == "int8":
+        need("nncf", extra="int8")
+    metadata = replace(model.metadata.with_image_size(image_size), version=__version__, precision=precision)
+    images = None if calibration is None else read_calibration(calibration, model, metadata)
     start = time.perf_counter()
     with replacing(path) as unfinished:
-        writer.write(fold(model), unfinished, metadata, dynamic=dynamic)
+        measured = None
+        if images is None:
+            writer.write(model, unfinished, metadata, dynamic=dynamic)
+        else:
+            measured = _write_int8(writer, model, unfinished, metadata, dynamic, images, max_drop)
         session = open_session(unfinished, device="cpu")
-        parity = compare(model, session, dynamic=dynamic)
+        parity = compare(model, session, dynamic=dynamic, precision=precision)
         if not parity.ok:
             raise ParityError(
                 f"{path} was not written: its outputs differ from the model's by {parity.max_abs:.3g} "
-                f"({parity.relative:.1e} of the largest, the bound is {parity.bound:.0e}; same first label for "
+                f"({parity.relative:.1e} of the largest, {parity.to_spread:.1e} of their spread; same first label for "
                 f"{parity.top1_agreement:.1f} % of {parity.images} images); please report this."
             )
         second = companion(unfinished)
-        size = unfinished.stat().st_size + (second.stat().st_size if second else 0)
-    return ExportReport(str(path), fmt.name, size, time.perf_counter() - start, session.setup, parity)
+        report = ExportReport(
+            str(path),
+            fmt.name,
+            precision,
+            bytes=unfinished.stat().st_size + (second.stat().st_size if second else 0),
+            seconds=time.perf_counter() - start,
+            parity=parity,
+            accuracy=measured,
+            float_layers=tuple(writer.float_layers(unfinished)) if measured else (),
+            notes=images.notes if images else (),
+        )
+        unfinished.with_name(f"{path.name}.json").write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
+    return report
+
+
+def _write_int8(
+    writer: object,
+    model: NextViT,
+    path: Path,
+    metadata: Metadata,
+    dynamic: bool,
+    images: Calibration,
+    max_drop: float | None,
+) -> Accuracy:
+    """Write in int8; if that loses too much, again with more of it in float."""
+    floats = logits_of(
+        TorchSession(model, device="cpu", threads=None, precision="fp32"), images.measure, "measure the float model"
+    )
+
+    measured = None
+    for plan in plans(max_drop, truth_of(images.measure, floats)):
+        if measured is not None:
+            what = "sensitive layers" if plan.max_drop is not None else "the residual stream"
+            say(f"int8 loses {measured.drop:.2f} points, {max_drop:g} are allowed; taking {what} back to float ...")
+        writer.write(model, path, metadata, dynamic=dynamic, calibration=images, plan=plan)  # type: ignore[attr-defined]
+        session = open_session(path, device="cpu")
+        measured = accuracy(images.measure, floats, logits_of(session, images.measure, "measure the int8 file"))
+        if max_drop is None or measured.drop <= max_drop:
+            return measured
+    assert measured is not None
+    raise AccuracyError(
+        f"{path.name} was not written: in int8 it loses {measured.drop:.2f} points of {measured.metric} on "
+        f"{measured.images} images, and at most {max_drop:g} are allowed; calibrate on more images like those that the "
+        "model will see, or accept it with --force."
+    )
 
 
 def default_path(model: str | os.PathLike[str], metadata: Metadata, format_name: str) -> Path:
-    """VARIANT-SIZE-fp32 with the format's ending: beside a weight file, else in the working folder."""
-    name = f"{metadata.variant}-{metadata.preprocess.image_size}-fp32{format_named(format_name).suffix}"
+    """VARIANT-SIZE-PRECISION with the format's ending: beside a weight file, else in the working folder."""
+    suffix = format_named(format_name).suffix
+    name = f"{metadata.variant}-{metadata.preprocess.image_size}-{metadata.precision}{suffix}"
     return Path(model).with_name(name) if Path(model).is_file() else Path(name)

@@ -1,20 +1,62 @@
-"""ONNX: one file, its metadata inside."""
+"""ONNX: one file, its metadata inside. fp32; fp16 weights and arithmetic; int8 by pairs of Quantize and Dequantize."""
 
+import tempfile
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from nextvit.backbone import NextViT
+from nextvit.exporters.calibration import Calibration
+from nextvit.exporters.form import export_form
 from nextvit.exporters.graph import onnx_graph
+from nextvit.exporters.quantization import FASTEST, Plan, quantize
 from nextvit.extras import need
 from nextvit.files import OPEN_SEAL, close_seal
 from nextvit.metadata import Metadata
 from nextvit.runtime.onnxruntime_session import METADATA_KEY
 
 
-def write(folded: NextViT, path: Path, metadata: Metadata, *, dynamic: bool) -> None:
-    """Write the folded model to `path`."""
+def write(
+    model: NextViT,
+    path: Path,
+    metadata: Metadata,
+    *,
+    dynamic: bool,
+    calibration: Calibration | None = None,
+    plan: Plan = FASTEST,
+) -> None:
+    """Write the model to `path` in the precision that `metadata` names."""
     onnx = need("onnx", extra="onnx")
-    model = onnx_graph(folded, image_size=metadata.preprocess.image_size, dynamic=dynamic, extra="onnx")
-    onnx.helper.set_model_props(model, {METADATA_KEY: metadata.to_json(), "sha256": OPEN_SEAL})
-    onnx.checker.check_model(model)
-    onnx.save(model, path)
+    graph = onnx_graph(
+        export_form(model, fixed=not dynamic),
+        image_size=metadata.preprocess.image_size,
+        dynamic=dynamic,
+        half=metadata.precision == "fp16",
+        extra="onnx",
+    )
+    if calibration is not None:
+        graph = quantize(graph, calibration, _forward, plan)
+    onnx.helper.set_model_props(graph, {METADATA_KEY: metadata.to_json(), "sha256": OPEN_SEAL})
+    onnx.checker.check_model(graph)
+    onnx.save(graph, path)
     close_seal(path)
+
+
+def _forward(session: Any, batch: np.ndarray) -> np.ndarray:
+    logits: np.ndarray = session.run(None, {"image": batch})[0][0]
+    return logits
+
+
+def float_layers(path: Path) -> list[str]:
+    """Layers of an int8 file that ONNX Runtime computes in float, by the graph that it makes of it."""
+    onnx = need("onnx", extra="onnx")
+    ort = need("onnxruntime", extra="onnx")
+    with tempfile.TemporaryDirectory() as folder:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.optimized_model_filepath = str(Path(folder, "optimised.onnx"))
+        ort.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+        nodes = onnx.load(options.optimized_model_filepath).graph.node
+    return [node.name for node in nodes if node.op_type in ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul")]

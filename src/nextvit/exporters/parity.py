@@ -1,7 +1,7 @@
 """Parity: does the exported file answer as the model does, on real images?"""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 
@@ -14,87 +14,175 @@ from nextvit.data.demo_images import garments
 from nextvit.data.images import normalise, preprocess, read_image
 from nextvit.errors import UserError
 from nextvit.metadata import Preprocess
-from nextvit.runtime.session import Session
+from nextvit.runtime.session import Session, Setup
 
-BOUND = 1e-4  # of the largest difference, relative to the largest output
-SPREAD_BOUND = 1e-3  # of the same, relative to how much a live model's outputs vary over the images
 LIVE = 1e-3  # outputs that vary less than this over the images, relative to their size, prove little
+BATCHES = (1, 2, 5)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a file may differ by, of the precision that it computes in. int8 is held to its accuracy instead."""
+
+    relative: float  # largest difference / largest output
+    to_spread: float  # largest difference / how much a live model's outputs vary over the images
+
+
+BOUNDS = {"fp32": Bound(1e-4, 1e-3), "fp16": Bound(2e-2, 0.1), "bf16": Bound(0.1, 0.5)}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The file beside the model on batches of one shape."""
+
+    batch: int
+    height: int
+    width: int
+    images: int
+    max_abs: float  # largest absolute difference of an output
+    mean_abs: float
+    cosine: float  # of centred outputs, the mean over all images taken away; the least of all images
+    top1_agreement: float  # percent of images with the same first label
+    top5_agreement: float  # percent of images whose first label is among the file's first five
 
 
 @dataclass(frozen=True)
 class Parity:
     """How far the file's outputs are from the model's, over all images and sizes tried."""
 
-    images: int
-    sizes: tuple[str, ...]  # "batch x height x width"
-    max_abs: float  # largest absolute difference of a logit
-    mean_abs: float
-    relative: float  # max_abs / largest absolute logit of the model
-    bound: float  # on `relative`
-    top1_agreement: float  # percent of images with the same first label
-    spread: float  # standard deviation of a logit over the images, mean over the classes
-    size: float  # largest absolute logit of the model
+    setup: Setup  # of the file: runtime, device, precision
+    rows: tuple[Comparison, ...]  # a row a shape; the first are of the model's own size
+    spread: float  # standard deviation of an output over the images at the model's own size, mean over the classes
+    size: float  # largest absolute output of the model
+    bound: Bound | None  # None: held to its accuracy instead
+    finite: bool  # all outputs of the file are numbers
 
     @property
-    def ok(self) -> bool:
-        return self.relative <= self.bound and (not self.live or self.max_abs <= SPREAD_BOUND * self.spread)
+    def images(self) -> int:
+        return sum(row.images for row in self.rows)
+
+    @property
+    def max_abs(self) -> float:
+        return max(row.max_abs for row in self.rows)
+
+    @property
+    def mean_abs(self) -> float:
+        return sum(row.mean_abs * row.images for row in self.rows) / self.images
+
+    @property
+    def relative(self) -> float:
+        """max_abs / largest absolute output of the model."""
+        return self.max_abs / max(self.size, 1e-30)
+
+    @property
+    def to_spread(self) -> float:
+        """max_abs / how much the outputs vary over the images."""
+        return self.max_abs / max(self.spread, 1e-30)
+
+    @property
+    def cosine(self) -> float:
+        return min(row.cosine for row in self.rows)
+
+    @property
+    def top1_agreement(self) -> float:
+        return sum(row.top1_agreement * row.images for row in self.rows) / self.images
 
     @property
     def live(self) -> bool:
         """False: the outputs hardly depend on the image (random weights), and agreement says little."""
         return self.spread > LIVE * self.size
 
+    @property
+    def ok(self) -> bool:
+        if self.bound is None or not self.finite:
+            return self.finite
+        near = self.relative <= self.bound.relative
+        return near and (not self.live or self.to_spread <= self.bound.to_spread)
+
     def to_dict(self) -> dict[str, object]:
-        return {**asdict(self), "ok": self.ok, "live": self.live}
+        totals = ("images", "max_abs", "mean_abs", "relative", "to_spread", "cosine", "top1_agreement", "live", "ok")
+        return {**asdict(self), **{name: getattr(self, name) for name in totals}}
 
 
-def compare(model: NextViT, session: Session, *, dynamic: bool) -> Parity:
-    """Run both on the photographs and garments that ship here; with `dynamic` at other sizes and batches too."""
-    expected, found, sizes = [], [], []
+def compare(model: NextViT, session: Session, *, dynamic: bool, precision: str) -> Parity:
+    """Run both on the photographs and garments that ship here; with `dynamic` at another size and other batches too.
+
+    precision: of the file; "int8" is given no bound on the differences.
+    """
     model = copy.deepcopy(model).eval().cpu().float()
+    shapes: dict[tuple[int, ...], tuple[list[np.ndarray], list[np.ndarray]]] = {}
     for batch in _inputs(session.metadata.preprocess, session.metadata.in_channels, dynamic):
+        ours, theirs = shapes.setdefault((batch.shape[0], *batch.shape[2:]), ([], []))
         with torch.inference_mode():
-            expected.append(model(torch.from_numpy(batch)).numpy().astype(np.float64))
-        found.append(np.asarray(session(batch), np.float64))
-        sizes.append("x".join(map(str, (batch.shape[0], *batch.shape[2:]))))
-    ours, theirs = np.concatenate(expected), np.concatenate(found)
-    if ours.shape[1] != session.metadata.num_classes:
+            ours.append(model(torch.from_numpy(batch)).numpy().astype(np.float64))
+        theirs.append(np.asarray(session(batch), np.float64))
+    pairs = {shape: (np.concatenate(ours), np.concatenate(theirs)) for shape, (ours, theirs) in shapes.items()}
+    classes = next(iter(pairs.values()))[0].shape[1]
+    if classes != session.metadata.num_classes:
         raise UserError(
-            f"the model has {ours.shape[1]} outputs and its metadata {session.metadata.num_classes} classes; set "
+            f"the model has {classes} outputs and its metadata {session.metadata.num_classes} classes; set "
             "model.metadata to what the model is."
         )
-    difference = np.abs(ours - theirs)
-    largest = float(np.abs(ours).max())
-    relative = float(difference.max()) / max(largest, 1e-30)
+    side = session.metadata.preprocess.image_size
+    own = np.concatenate([ours for shape, (ours, _) in pairs.items() if shape[1:] == (side, side)])
+    centre = own.mean(axis=0)
     return Parity(
-        images=len(ours),
-        sizes=tuple(dict.fromkeys(sizes)),
-        max_abs=float(difference.max()),
-        mean_abs=float(difference.mean()),
-        relative=relative if np.isfinite(theirs).all() else float("inf"),
-        bound=BOUND,
-        top1_agreement=100.0 * float((ours.argmax(1) == theirs.argmax(1)).mean()),
-        spread=float((expected[0] if dynamic else ours).std(axis=0).mean()),  # over images of the model's own size
-        size=largest,
+        setup=session.setup,
+        rows=tuple(_comparison(shape, ours, theirs, centre) for shape, (ours, theirs) in pairs.items()),
+        spread=float(own.std(axis=0).mean()),
+        size=max(float(np.abs(ours).max()) for ours, _ in pairs.values()),
+        bound=BOUNDS.get(precision),
+        finite=all(bool(np.isfinite(theirs).all()) for _, theirs in pairs.values()),
     )
 
 
+def _comparison(shape: tuple[int, ...], ours: np.ndarray, theirs: np.ndarray, centre: np.ndarray) -> Comparison:
+    difference = np.abs(ours - theirs)
+    agreement = label_agreement(ours, theirs)
+    batch, height, width = shape
+    return Comparison(
+        batch=batch,
+        height=height,
+        width=width,
+        images=len(ours),
+        max_abs=float(difference.max()),
+        mean_abs=float(difference.mean()),
+        cosine=float(cosines(ours - centre, theirs - centre).min()),
+        top1_agreement=agreement,
+        top5_agreement=100.0 * float(np.mean((np.argsort(-theirs)[:, :5] == ours.argmax(1)[:, None]).any(axis=1))),
+    )
+
+
+def label_agreement(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Percent of rows with the largest value in the same place."""
+    return 100.0 * float((ours.argmax(1) == theirs.argmax(1)).mean())
+
+
+def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(N, C) and (N, C) -> (N,); 1 where both rows are zero."""
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return np.where(lengths > 0, (a * b).sum(axis=1) / np.maximum(lengths, 1e-300), 1.0)
+
+
 def _inputs(p: Preprocess, channels: int, dynamic: bool) -> Iterator[np.ndarray]:
-    """Batches of real images: the model's own size first; then, if dynamic, another batch, and unequal odd sides."""
+    """Batches of real images: all at the model's own size; then, if dynamic, some with unequal, odd sides."""
     images = real_images()
-    full = _with_channels(np.stack([preprocess(image, p) for image in images]), channels)
+    full = with_channels(np.stack([preprocess(image, p) for image in images]), channels)
     if not dynamic:
         yield from (full[i : i + 1] for i in range(len(full)))
         return
-    yield full
-    yield full[:1]
-    side = p.image_size
-    for count, height, width in ((2, side + 32, side), (7, side + 1, side + 27)):
-        resized = [image.resize((width, height), Image.Resampling.BICUBIC) for image in images[-count:]]
-        yield _with_channels(np.stack([normalise(np.asarray(image), p) for image in resized]), channels)
+    yield from _in_batches(full, (*BATCHES, len(full) - sum(BATCHES)))
+    width, height = p.image_size + 27, p.image_size + 1
+    resized = [image.resize((width, height), Image.Resampling.BICUBIC) for image in images[-sum(BATCHES) :]]
+    other = with_channels(np.stack([normalise(np.asarray(image), p) for image in resized]), channels)
+    yield from _in_batches(other, BATCHES)
 
 
-def _with_channels(batch: np.ndarray, channels: int) -> np.ndarray:
+def _in_batches(images: np.ndarray, sizes: Sequence[int]) -> Iterator[np.ndarray]:
+    yield from np.split(images, np.cumsum(sizes)[:-1])
+
+
+def with_channels(batch: np.ndarray, channels: int) -> np.ndarray:
     """Repeat the colours for a model of other input channels."""
     return np.ascontiguousarray(np.tile(batch, (1, -(-channels // 3), 1, 1))[:, :channels])
 

@@ -15,15 +15,13 @@ METADATA_KEY = "nextvit"
 
 
 class OnnxRuntimeSession:
-    """Runs on ONNX Runtime's CPU provider, in fp32."""
+    """Runs on ONNX Runtime's CPU provider, in the precision that the file was made in."""
 
     def __init__(self, path: Path, *, device: str, threads: int | None, precision: str | None):
         ort = need("onnxruntime", extra="onnx")
         onnx = need("onnx", extra="onnx")
         if device not in ("auto", "cpu"):
             raise UserError(f"ONNX files run on the CPU here, not on {device!r}; leave --device out.")
-        if precision not in (None, "fp32"):
-            raise UserError(f"ONNX Runtime computes this file in fp32, not in {precision}; leave --precision out.")
         sealed = check_seal(path)
         content = path.read_bytes()
         try:
@@ -39,6 +37,9 @@ class OnnxRuntimeSession:
         if outside:
             raise UserError(f"{path} keeps tensors in other files, which nextvit never writes; export it again.")
         self.metadata = Metadata.from_json(notes[METADATA_KEY], str(path))
+        own = self.metadata.precision
+        if precision not in (None, own):
+            raise UserError(f"ONNX Runtime computes this file in {own}, not in {precision}; leave --precision out.")
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or cpu_count()
         options.inter_op_num_threads = 1
@@ -51,7 +52,7 @@ class OnnxRuntimeSession:
         self._input = self._session.get_inputs()[0].name
         batch = self._session.get_inputs()[0].shape[0]
         self.fixed_batch = batch if isinstance(batch, int) else None
-        self.setup = Setup(f"onnxruntime {ort.__version__}", "cpu", "fp32", options.intra_op_num_threads)
+        self.setup = Setup(f"onnxruntime {ort.__version__}", "cpu", own, options.intra_op_num_threads)
 
     def __call__(self, batch: np.ndarray) -> np.ndarray:
         return self._session.run(None, {self._input: batch})[0]

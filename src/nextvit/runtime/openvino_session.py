@@ -1,6 +1,8 @@
 """An OpenVINO file on the OpenVINO runtime."""
 
+from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,24 +16,26 @@ from nextvit.runtime.session import Setup
 METADATA_KEY = "nextvit"
 HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 CAPABILITIES = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16"}
+KEPT = 4  # compiled sizes
 
 
 class OpenVINOSession:
-    """Runs on the CPU plugin. The precision is always set: left alone, the plugin takes its own (bf16 where it can)."""
+    """Runs on the CPU plugin. The precision is always set: left alone, the plugin takes its own (bf16 where it can).
+
+    Each size of input is compiled for itself, because free sizes cost time at every call, and the last few are kept.
+    What an int8 file leaves in float is computed in fp32; fp16 weights too, where the CPU does not compute in fp16.
+    """
 
     def __init__(self, path: Path, *, device: str, threads: int | None, precision: str | None):
         ov = need("openvino", extra="openvino")
         if device not in ("auto", "cpu"):
             raise UserError(f"OpenVINO files run on the CPU here, not on {device!r}; leave --device out.")
-        core = ov.Core()
-        chosen = precision or "fp32"
-        able = [p for p, name in CAPABILITIES.items() if name in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")]
-        if chosen not in able:
-            raise UserError(f"this CPU does not compute in {chosen} under OpenVINO; take one of {', '.join(able)}.")
         sealed = check_seal(path)
+        self._core = ov.Core()
         try:
-            model = core.read_model(path)
-            notes = model.get_rt_info([METADATA_KEY, "metadata"]).value if model.has_rt_info([METADATA_KEY]) else None
+            self._model = self._core.read_model(path)
+            known = self._model.has_rt_info([METADATA_KEY])
+            notes = self._model.get_rt_info([METADATA_KEY, "metadata"]).value if known else None
         except RuntimeError as error:
             raise UserError(f"{path} is no OpenVINO file, or is damaged; export it again.") from error
         if notes is None or not sealed:
@@ -39,26 +43,59 @@ class OpenVINOSession:
                 f"{path} has no nextvit metadata, so its preprocessing is unknown; make it with `nextvit export`."
             )
         self.metadata = Metadata.from_json(notes, str(path))
-        config = {
-            "INFERENCE_PRECISION_HINT": HINTS[chosen],
+        float_part, shown = self._precisions(precision)
+        self._config = {
+            "INFERENCE_PRECISION_HINT": HINTS[float_part],
             "INFERENCE_NUM_THREADS": threads or cpu_count(),
             "PERFORMANCE_HINT": "LATENCY",
         }
-        batch = model.input(0).get_partial_shape()[0]
-        self.fixed_batch = batch.get_length() if batch.is_static else None
-        self._compiled = core.compile_model(model, "CPU", config)
-        self._request = self._compiled.create_infer_request()
-        in_force = self._compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
-        if in_force != HINTS[chosen]:
+        shape = self._model.input(0).get_partial_shape()
+        self.fixed_batch = shape[0].get_length() if shape[0].is_static else None
+        self._requests: OrderedDict[tuple[int, ...], Any] = OrderedDict()
+        side = self.metadata.preprocess.image_size
+        first = self._request((self.fixed_batch or 1, self.metadata.in_channels, side, side)).get_compiled_model()
+        in_force = first.get_property("INFERENCE_PRECISION_HINT").to_string()
+        if in_force != HINTS[float_part]:
             raise UserError(
-                f"OpenVINO computes in {in_force} here although {chosen} was asked for; take another --precision."
+                f"OpenVINO computes in {in_force} here although {float_part} was asked for; take another --precision."
             )
         self.setup = Setup(
             f"openvino {ov.__version__.partition('-')[0]}",
             "cpu",
-            chosen,
-            int(self._compiled.get_property("INFERENCE_NUM_THREADS")),
+            shown,
+            int(first.get_property("INFERENCE_NUM_THREADS")),
         )
 
+    def _precisions(self, asked: str | None) -> tuple[str, str]:
+        """The precision of the float layers, and how the whole is shown."""
+        own = self.metadata.precision
+        able = [p for p, n in CAPABILITIES.items() if n in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")]
+        if own == "int8":
+            if asked not in (None, "int8"):
+                raise UserError(f"this file is int8 and does not compute in {asked}; leave --precision out.")
+            return "fp32", "int8"
+        chosen = asked or own
+        if chosen in able:
+            return chosen, chosen
+        if asked is None and own == "fp16":
+            return "fp32", "fp32"
+        raise UserError(f"this CPU does not compute in {chosen} under OpenVINO; take one of {', '.join(able)}.")
+
+    def _request(self, shape: tuple[int, ...]) -> Any:
+        model, free = self._model, self._model.is_dynamic()
+        shape = shape if free else ()
+        if shape in self._requests:
+            self._requests.move_to_end(shape)
+            return self._requests[shape]
+        if free:
+            model = model.clone()
+            model.reshape(list(shape))
+        request = self._core.compile_model(model, "CPU", self._config).create_infer_request()
+        self._requests[shape] = request
+        if len(self._requests) > KEPT:
+            self._requests.popitem(last=False)
+        return request
+
     def __call__(self, batch: np.ndarray) -> np.ndarray:
-        return next(iter(self._request.infer([batch]).values()))
+        request = self._request(batch.shape)
+        return next(iter(request.infer([batch]).values())).copy()

@@ -1,0 +1,140 @@
+"""A variant on a CPU beside the best that timm offers, and beside ResNet101: latency at 224 x 224, one interleaved run.
+
+    python benchmarks/cpu.py --model nextvit_small --output performance.csv
+
+Rows: timm eager; timm's own way (reparameterize_model, ONNX, OpenVINO, NNCF as it comes); our files; ResNet101 on the
+same runtime. Weights are random with calibrated BatchNorm, which changes no latency. All is compared to the first row.
+"""
+
+import argparse
+import copy
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import nncf
+import numpy as np
+import openvino as ov
+import timm
+import torch
+from timm.utils import reparameterize_model
+from torch import nn
+
+import nextvit
+from nextvit.benchmark import benchmark
+from nextvit.data.images import preprocess
+from nextvit.devices import cpu_count
+from nextvit.exporters.parity import real_images
+from nextvit.metadata import Metadata, Preprocess
+from nextvit.report import latency_lines, write_latency
+from nextvit.runtime.open import open_session
+from nextvit.runtime.session import Session, Setup
+
+CORE = ov.Core()
+BF16 = "BF16" in CORE.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+class Call:
+    """A session whose call is any function of a batch."""
+
+    fixed_batch = None
+
+    def __init__(self, runtime: str, precision: str, threads: int, function: Callable[[np.ndarray], np.ndarray]):
+        self.metadata = Metadata("nextvit_small")
+        self.setup = Setup(runtime, "cpu", precision, threads)
+        self.function = function
+
+    def __call__(self, batch: np.ndarray) -> np.ndarray:
+        return self.function(batch)
+
+
+def eager(model: nn.Module, threads: int) -> Session:
+    forward = torch.inference_mode()(model)
+    return Call("torch, eager", "fp32", threads, lambda batch: forward(torch.from_numpy(batch)).numpy())
+
+
+def on_openvino(model: ov.Model, precision: str, hint: str, threads: int) -> Session:
+    config = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    request = CORE.compile_model(model, "CPU", config).create_infer_request()
+    return Call("openvino", precision, threads, lambda batch: next(iter(request.infer([batch]).values())))
+
+
+def through_onnx(model: nn.Module) -> ov.Model:
+    """The usual way: BatchNorm merged by timm, a file of fixed size, read by OpenVINO."""
+    merged = reparameterize_model(copy.deepcopy(model).eval())
+    program = torch.onnx.export(merged, (torch.zeros(1, 3, 224, 224),), dynamo=True, verbose=False)
+    assert program is not None
+    return CORE.read_model(program.model_proto.SerializeToString())
+
+
+def calibrate(model: nn.Module, images: np.ndarray) -> None:
+    """Give BatchNorm the statistics of real images, so that outputs depend on them."""
+    model.train()
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.from_numpy(images))
+    model.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="nextvit_small", choices=nextvit.list_models())
+    parser.add_argument("--threads", type=int, default=cpu_count())
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--output", type=Path)
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    nncf.set_log_level(40)
+    torch.manual_seed(0)
+    torch.set_num_threads(given.threads)
+    images = np.stack([preprocess(image, Preprocess()) for image in real_images()])
+    samples = nncf.Dataset([image[None] for image in images])
+
+    ours = nextvit.create_model(given.model)
+    calibrate(ours, images)
+    rows: list[tuple[str, Session]] = []
+
+    def foreign(name: str, model: nn.Module) -> None:
+        """A timm model, eager and by the usual way."""
+        rows.append((f"timm {name}", eager(model, given.threads)))
+        ir = through_onnx(model)
+        rows.append((f"timm {name}", on_openvino(ir, "fp32", "f32", given.threads)))
+        if BF16:
+            rows.append((f"timm {name}", on_openvino(ir, "bf16", "bf16", given.threads)))
+        quantised = nncf.quantize(ir, samples, subset_size=len(images))
+        rows.append((f"timm {name}", on_openvino(quantised, "int8", "f32", given.threads)))
+        if BF16:  # what OpenVINO does where nobody sets the precision
+            rows.append((f"timm {name}", on_openvino(quantised, "int8, else bf16", "bf16", given.threads)))
+
+    if timm.is_model(given.model):
+        theirs = timm.create_model(given.model)
+        theirs.load_state_dict(ours.state_dict())
+        foreign(given.model, theirs.eval())
+    else:  # nano and tiny are not in timm
+        rows.append((given.model, eager(ours.eval(), given.threads)))
+    with tempfile.TemporaryDirectory() as folder:
+        for precision in ("fp32", "bf16", "int8"):
+            if precision == "bf16" and not BF16:
+                continue
+            path = Path(folder, f"{precision}.xml")
+            given_images = [*real_images(), *(image.rotate(180) for image in real_images())]
+            calibration = given_images * 2 if precision == "int8" else None
+            nextvit.export(ours, path, precision=precision, calibration=calibration, max_drop=None)
+            rows.append((given.model, open_session(path, device="cpu", threads=given.threads)))
+        resnet = timm.create_model("resnet101")
+        calibrate(resnet, images)
+        foreign("resnet101", resnet)
+        measured = benchmark(rows, image_size=224, rounds=given.rounds)
+    print("\n".join(latency_lines(measured)))
+    print(
+        f"OMP_WAIT_POLICY {os.environ.get('OMP_WAIT_POLICY', 'not set')}; OpenVINO {ov.__version__.partition('-')[0]}"
+    )
+    if given.output is not None:
+        write_latency(measured, given.output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""Images to quantise with: which to calibrate on, which to measure on, and whether they are what the model knows."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nextvit.backbone import NextViT
+from nextvit.data.folders import data_root, default_eval_split, read_split
+from nextvit.data.images import ImageRejected, ImageSource, image_files, preprocess, read_image
+from nextvit.errors import UserError
+from nextvit.exporters.parity import with_channels
+from nextvit.metadata import Metadata
+from nextvit.progress import track
+
+FEWEST = 32  # images that ranges of activations can be taken from
+CALIBRATED = 300  # images at most; more hardly change the ranges
+MEASURED = 1000  # at most
+STRANGE = (
+    0.35  # standard deviations off: images of one class come to 0.1, other photographs to 0.4, inverted ones to 0.8
+)
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images that can be read, with the index of their class where it is known; decoded anew each time."""
+
+    sources: tuple[ImageSource, ...]
+    targets: tuple[int, ...] | None
+    metadata: Metadata
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """float32 (1, channels, image_size, image_size)."""
+        batch = preprocess(read_image(self.sources[index]), self.metadata.preprocess)[None]
+        return with_channels(batch, self.metadata.in_channels)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return map(self.__getitem__, range(len(self)))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Images to take the ranges of activations from, others to measure the accuracy on, and what is odd about them."""
+
+    calibrate: Images
+    measure: Images
+    notes: tuple[str, ...] = ()
+
+
+def read_calibration(
+    source: str | os.PathLike[str] | Sequence[ImageSource], model: NextViT, metadata: Metadata
+) -> Calibration:
+    """Choose the images of a folder, of `demo`, or of a list, evenly spread over them.
+
+    A folder with `train/` and `val/` or `test/` is calibrated on the first and measured on the other; of one folder of
+    classes every fifth image is measured on; images without known classes are split the same way. Raises UserError
+    where fewer than FEWEST can be read, or where all are alike.
+    """
+    if isinstance(source, str | os.PathLike):
+        first, second, notes = _of_folder(Path(source) if source != "demo" else "demo", metadata)
+    elif isinstance(source, Sequence):
+        first, second = _every_fifth(Images(tuple(source), None, metadata))
+        notes = []
+    else:
+        raise UserError("calibration takes a folder of images, or a list of images.")
+    first, bad = _readable(_spread(first, CALIBRATED), "read calibration images")
+    second, more = _readable(_spread(second, MEASURED), "read images to measure on")
+    if bad + more:
+        notes.append(f"{len(bad) + len(more)} images could not be read and are left out: {(bad + more)[0]}")
+    if len(first) < FEWEST or not len(second):
+        where = source if isinstance(source, str | os.PathLike) else "the list"
+        raise UserError(
+            f"{where} has {len(first)} images to calibrate on and {len(second)} to measure on; int8 needs {FEWEST} or "
+            f"more in all, and is better with {CALIBRATED}."
+        )
+    return Calibration(first, second, (*notes, *_oddities(first, model)))
+
+
+def _of_folder(source: Path | str, metadata: Metadata) -> tuple[Images, Images, list[str]]:
+    root = data_root(source)
+    labels = metadata.labels
+    try:
+        if not labels:
+            raise UserError("the model names no classes")
+        pair = [read_split(source, name, labels) for name in ("train", default_eval_split(source))]
+    except UserError as error:
+        files = Images(tuple(image_files(root)), None, metadata)
+        note = (
+            f"accuracy is taken as agreement with the float model, because the images have no known classes ({error})"
+        )
+        return *_every_fifth(files), [note.rstrip(".")]
+    first, second = (Images(split.files, split.targets, metadata) for split in pair)
+    return first, second, [note for split in pair for note in split.notes]
+
+
+def _every_fifth(images: Images) -> tuple[Images, Images]:
+    indices = range(len(images))
+    return _chosen(images, [i for i in indices if i % 5 != 4]), _chosen(images, [i for i in indices if i % 5 == 4])
+
+
+def _spread(images: Images, most: int) -> Images:
+    if len(images) <= most:
+        return images
+    return _chosen(images, np.linspace(0, len(images) - 1, most).astype(int).tolist())
+
+
+def _chosen(images: Images, indices: Sequence[int]) -> Images:
+    targets = images.targets
+    return replace(
+        images,
+        sources=tuple(images.sources[i] for i in indices),
+        targets=None if targets is None else tuple(targets[i] for i in indices),
+    )
+
+
+def _readable(images: Images, label: str) -> tuple[Images, list[str]]:
+    good, bad = [], []
+    for index, source in enumerate(track(images.sources, total=len(images), label=label)):
+        try:
+            read_image(source)
+            good.append(index)
+        except ImageRejected as error:
+            bad.append(str(error))
+    return _chosen(images, good), bad
+
+
+def _oddities(images: Images, model: NextViT) -> list[str]:
+    """What the images are not: different from each other, or like those that the network was trained on."""
+    sample = np.concatenate(list(_spread(images, 64)))
+    if sample.std(axis=0).max() < 1e-3:
+        raise UserError("all calibration images are the same; give such images as the model will see.")
+    distance = _distance_from_training(model, torch.from_numpy(sample))
+    if distance > STRANGE:
+        return [
+            f"the calibration images are unlike those that the model was trained on (channel means {distance:.2f} "
+            "standard deviations off); int8 may be poor on the images that it is meant for"
+        ]
+    return []
+
+
+def _distance_from_training(model: NextViT, images: Tensor) -> float:
+    """How far the means of channels lie from those that the stem's BatchNorms kept of training, in their deviations."""
+    found: list[float] = []
+
+    def look(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(norm, nn.BatchNorm2d)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        off = (inputs[0].mean((0, 2, 3)) - norm.running_mean).abs() / (norm.running_var + norm.eps).sqrt()
+        found.append(float(off.mean()))
+
+    norms = [module for module in model.stem.modules() if isinstance(module, nn.BatchNorm2d)]
+    hooks = [norm.register_forward_pre_hook(look) for norm in norms]
+    training = model.training
+    try:
+        first = next(model.parameters())
+        with torch.inference_mode():
+            model.eval().stem(images.to(first))
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return max(found, default=0.0)

@@ -1,0 +1,85 @@
+"""The form of a model that every format is made of: folded, its attention on maps, with the same outputs."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nextvit.backbone import EMHSA, NTB, HalvingPool, NextViT, PatchEmbed, SequencePool
+from nextvit.errors import UserError
+from nextvit.folding import fold
+
+
+def export_form(model: NextViT, *, fixed: bool) -> NextViT:
+    """A new module with the outputs of `model`, folded and rewritten for runtimes; `model` is untouched.
+
+    fixed: the input has one size, so that sizes inside are constants: pooling and the output projection of E-MHSA then
+    need no change of layout at all.
+    """
+    form = fold(model)
+    for module in form.modules():
+        if isinstance(module, NTB):
+            module.e_mhsa = MapEMHSA(module.e_mhsa, fixed=fixed)  # type: ignore[assignment]
+        if fixed and isinstance(module, PatchEmbed) and isinstance(module.pool, HalvingPool):
+            module.pool = nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False)  # type: ignore[assignment]
+    return form
+
+
+class MapEMHSA(nn.Module):
+    """A folded E-MHSA whose four linear layers are convolutions on maps. (B, C, H, W) -> the same.
+
+    Runtimes then keep one layout through the block, quantise these layers as they do other convolutions, and add the
+    residual inside the last one. The scale head_dim ** -0.5 lies in q.
+    """
+
+    def __init__(self, attention: EMHSA, *, fixed: bool):
+        super().__init__()
+        if not isinstance(attention.norm, nn.Identity):
+            raise UserError("the export form is made of a folded model.")
+        channels, self.head_dim = attention.q.in_features, attention.head_dim
+        self.heads, self.fixed = channels // self.head_dim, fixed
+        self.pool = attention.pool
+        self.q = _pointwise(attention.q, self.head_dim**-0.5)
+        self.k = _pointwise(attention.k)
+        self.v = _pointwise(attention.v)
+        # The projection sums over heads and their channels: a convolution over (head_dim, heads x 1).
+        self.proj = nn.Conv2d(self.head_dim, channels, (self.heads, 1))
+        weight = attention.proj.weight.detach().view(channels, self.heads, self.head_dim)
+        self.proj.weight.data = weight.transpose(1, 2).unsqueeze(3).contiguous()
+        self.proj.bias = nn.Parameter(attention.proj.bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = self.pooled(x)
+        q, k, v = self.split(self.q(x)), self.split(self.k(pooled)), self.split(self.v(pooled))
+        mixed = torch.softmax(q @ k.transpose(2, 3), dim=-1) @ v  # (B, heads, N, head_dim)
+        batch, _, height, width = x.shape
+        if self.fixed:  # heads stacked over the map: rows of one position lie `height` apart
+            stacked = mixed.reshape(batch, self.heads * height, width, self.head_dim).permute(0, 3, 1, 2)
+            return F.conv2d(stacked, self.proj.weight, self.proj.bias, dilation=(height, 1))
+        return self.proj(mixed.permute(0, 3, 1, 2)).reshape(x.shape)
+
+    def split(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, heads, H * W, head_dim)"""
+        tokens = x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, self.heads, self.head_dim)
+        return tokens.transpose(1, 2)
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, 1, M), or with nothing to pool the map itself."""
+        if isinstance(self.pool, nn.Flatten):
+            return x
+        if self.fixed and isinstance(self.pool, SequencePool):
+            # In two steps: within rows first, so that less has to change its layout.
+            count = self.pool.reduction * self.pool.reduction
+            first = math.gcd(x.shape[3], count)
+            tokens = F.avg_pool2d(x, (1, first)).flatten(2).unsqueeze(2)
+            return F.avg_pool2d(tokens, (1, count // first)) if count > first else tokens
+        return self.pool(x).unsqueeze(2)
+
+
+def _pointwise(linear: nn.Linear, scale: float = 1.0) -> nn.Conv2d:
+    """The same layer as a 1x1 convolution."""
+    conv = nn.Conv2d(linear.in_features, linear.out_features, 1)
+    conv.weight.data = (linear.weight.detach() * scale)[:, :, None, None].clone()
+    conv.bias = nn.Parameter((linear.bias * scale).detach().clone())
+    return conv

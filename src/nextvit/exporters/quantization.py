@@ -1,0 +1,112 @@
+"""Post-training int8 by NNCF, for graphs of OpenVINO and ONNX, and what it costs in accuracy."""
+
+import contextlib
+import logging
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from nextvit.exporters.calibration import Calibration, Images
+from nextvit.exporters.parity import label_agreement
+from nextvit.extras import need
+from nextvit.progress import track
+from nextvit.runtime.session import Session
+
+RESIDUALS = r"stages\.\d+\.blocks\.\d+/Add.*"  # names of the additions that make the residual stream
+RANKED = 64  # images that tell which layers are sensitive
+
+Forward = Callable[[Any, np.ndarray], np.ndarray]  # a graph as NNCF prepared it, a batch -> logits
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What stays float. As it comes, nothing that NNCF can quantise does, which is the fastest."""
+
+    float_residual: bool = False  # the residual stream is not rounded to 8 bits at each addition
+    max_drop: float | None = None  # points; the most sensitive layers go back to float until no more are lost
+    truth: np.ndarray | None = None  # int (N,): the class of each image to measure that on
+
+
+FASTEST = Plan()
+
+
+def plans(max_drop: float | None, truth: np.ndarray) -> list[Plan]:
+    """What to try in turn, from the fastest to the most accurate."""
+    if max_drop is None:
+        return [FASTEST]
+    return [FASTEST, Plan(float_residual=True), Plan(float_residual=True, max_drop=max_drop, truth=truth)]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Of an int8 file on the images to measure on, beside its float model."""
+
+    metric: str  # "top-1", or "agreement" with the float model where the classes are not known
+    images: int
+    float_value: float  # percent
+    int8_value: float  # percent
+    agreement: float  # percent of images with the float model's first label
+
+    @property
+    def drop(self) -> float:
+        """Points lost."""
+        return self.float_value - self.int8_value
+
+    def to_dict(self) -> dict[str, object]:
+        return {**asdict(self), "drop": self.drop}
+
+
+def quantize(graph: Any, calibration: Calibration, forward: Forward, plan: Plan) -> Any:
+    """An int8 copy of an ov.Model or an onnx.ModelProto with input `image`, its nodes named for their layers."""
+    nncf = need("nncf", extra="int8")
+    nncf.set_log_level(logging.ERROR)
+    options: dict[str, Any] = {
+        "preset": nncf.QuantizationPreset.PERFORMANCE,
+        "ignored_scope": nncf.IgnoredScope(patterns=[RESIDUALS] if plan.float_residual else [], validate=False),
+        "subset_size": len(calibration.calibrate),
+    }
+    samples = nncf.Dataset(calibration.calibrate, lambda image: {"image": image})
+    with contextlib.redirect_stdout(sys.stderr):  # its progress; standard output is kept for results
+        if plan.max_drop is None or plan.truth is None:
+            return nncf.quantize(graph, samples, **options)
+        images, truth = calibration.measure, plan.truth
+
+        def validate(model: Any, indices: Iterable[int]) -> tuple[float, list[list[np.ndarray]]]:
+            chosen = list(indices)
+            logits = [forward(model, images[index]) for index in chosen]
+            right = [row.argmax() == truth[index] for row, index in zip(logits, chosen, strict=True)]
+            return float(np.mean(right)), [[row] for row in logits]
+
+        return nncf.quantize_with_accuracy_control(
+            graph,
+            samples,
+            nncf.Dataset(range(len(images)), lambda index: {"image": images[index]}),
+            validate,
+            max_drop=plan.max_drop / 100,
+            advanced_accuracy_restorer_parameters=nncf.AdvancedAccuracyRestorerParameters(ranking_subset_size=RANKED),
+            **options,
+        )
+
+
+def logits_of(session: Session, images: Images, label: str) -> np.ndarray:
+    """(N, classes): the outputs for all images, one at a time."""
+    return np.concatenate([session(image) for image in track(images, total=len(images), label=label)])
+
+
+def truth_of(images: Images, float_logits: np.ndarray) -> np.ndarray:
+    """The class of each image; where that is not known, the float model's answer."""
+    return np.asarray(images.targets) if images.targets is not None else float_logits.argmax(1)
+
+
+def accuracy(images: Images, float_logits: np.ndarray, int8_logits: np.ndarray) -> Accuracy:
+    truth = truth_of(images, float_logits)
+    return Accuracy(
+        metric="agreement" if images.targets is None else "top-1",
+        images=len(images),
+        float_value=100.0 * float((float_logits.argmax(1) == truth).mean()),
+        int8_value=100.0 * float((int8_logits.argmax(1) == truth).mean()),
+        agreement=label_agreement(float_logits, int8_logits),
+    )
