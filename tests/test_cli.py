@@ -257,3 +257,26 @@ def test_a_signal_ends_the_demo_without_a_traceback(tmp_path):
     assert process.returncode == 130
     assert "saved; go on with: nextvit train demo --resume" in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_the_rows_that_predict_has(number, code, trained, garment_folder, tmp_path):
+    image = next((garment_folder / "bag").iterdir())
+    for index in range(3000):
+        (tmp_path / f"{index:04}.jpg").hardlink_to(image)
+    output = tmp_path / "out" / "answers.jsonl"
+    command = [sys.executable, "-m", "nextvit", "predict", str(trained / "model.safetensors"), str(tmp_path)]
+    process = subprocess.Popen(
+        [*command, "--output", str(output), "--batch-size", "1"], stderr=subprocess.PIPE, text=True
+    )
+    partial = output.with_name("answers.jsonl.partial")
+    while not (partial.exists() and partial.stat().st_size):
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert f"the rows so far are kept in {partial}" in errors
+    rows = [json.loads(line) for line in partial.read_text().splitlines()]
+    assert [row["file"] for row in rows] == [str(tmp_path / f"{index:04}.jpg") for index in range(len(rows))]
+    assert 1 <= len(rows) < 3000
+    assert not output.exists()

@@ -47,8 +47,8 @@ def shell(folder: Path, *texts: str) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_every_block_with_a_command_is_marked_to_be_tested(page):
     for kind, language, text in BLOCK.findall(page.read_text()):
-        if re.search(r"^(nextvit|make|pip|python) ", text, re.MULTILINE) or language == "python":
-            assert kind in ("shell", "slow shell", "python", "hub", "make", "install"), text
+        if re.search(r"^([A-Z_]+=\S+ )*(nextvit|make|pip|python) ", text, re.MULTILINE) or language == "python":
+            assert kind in ("shell", "slow shell", "python", "hub", "make", "install", "benchmark"), text
 
 
 @pytest.mark.parametrize("page", PAGES[1:], ids=lambda p: p.name)
@@ -78,6 +78,21 @@ def test_the_commands_that_need_the_hub_ask_for_it_and_for_nothing_else(page, fo
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
         assert done.returncode == 2
         assert re.search("cannot get timm/nextvit_small.* from the hub", done.stderr), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_the_benchmarks_of_a_page_run(page, tmp_path):
+    """With the smallest variant and few rounds: the commands as they stand take minutes on a quiet machine."""
+    for line in "".join(blocks(page, "benchmark")).splitlines():
+        script = line[line.index("benchmarks/") :].replace("nextvit_small", "nextvit_nano")
+        command = [sys.executable, *shlex.split(script), "--rounds", "8"]
+        done = subprocess.run(
+            [*command, "--output", str(tmp_path / "b.csv")], cwd=REPOSITORY, capture_output=True, text=True, timeout=900
+        )
+        assert done.returncode == 0, done.stderr
+        assert "resnet101" in done.stdout
+        assert (tmp_path / "b.png").exists()
 
 
 def test_make_targets_in_the_pages_exist():

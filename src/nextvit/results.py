@@ -1,7 +1,9 @@
 """Rows of `nextvit predict`: JSON Lines, CSV, and pictures."""
 
 import csv
+import errno
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from nextvit.data.images import printable, read_image
 from nextvit.errors import UserError
 from nextvit.files import replacing
+from nextvit.progress import say
 from nextvit.tasks.classify import Classification
 
 Answer = Classification | str  # a result, or why there is none
@@ -22,12 +25,28 @@ PICTURE_SIDE = 512  # pixels of the longer side, at the most
 
 @contextmanager
 def open_results(output: Path | None) -> Iterator[Write]:
-    """A function that writes one row a file. The output takes its name when all rows are in it."""
+    """A function that writes one row a file. The output takes its name when all rows are in it.
+
+    Until then, and for good if something ends it, the rows lie in OUTPUT.partial: each is written when it is known.
+    """
     if output is None or output == Path("-"):
         yield _json_lines(sys.stdout)
     elif output.suffix.lower() in (".jsonl", ".csv"):
-        with replacing(output) as unfinished, open(unfinished, "w", encoding="utf-8", newline="") as stream:
-            yield (_csv(stream) if output.suffix.lower() == ".csv" else _json_lines(stream))
+        partial = output.with_name(f"{output.name}.partial")
+        try:
+            if output.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "it is a folder")
+            output.parent.mkdir(parents=True, exist_ok=True)
+            stream = open(partial, "w", buffering=1, encoding="utf-8", newline="")  # noqa: SIM115 - closed below
+        except OSError as error:
+            raise UserError(f"cannot write {output}: {error.strerror}; choose another --output.") from error
+        try:
+            with stream:
+                yield (_csv(stream) if output.suffix.lower() == ".csv" else _json_lines(stream))
+            os.replace(partial, output)
+        except BaseException:
+            say(f"the rows so far are kept in {partial}.")
+            raise
     else:
         raise UserError(f"--output {output} must end in .jsonl or .csv.")
 

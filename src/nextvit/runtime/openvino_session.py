@@ -49,6 +49,7 @@ class OpenVINOSession:
             "INFERENCE_NUM_THREADS": threads or cpu_count(),
             "PERFORMANCE_HINT": "LATENCY",
         }
+        self._free = self._model.is_dynamic()  # asked once: it looks at every node
         shape = self._model.input(0).get_partial_shape()
         self.fixed_batch = shape[0].get_length() if shape[0].is_static else None
         self._requests: OrderedDict[tuple[int, ...], Any] = OrderedDict()
@@ -82,12 +83,12 @@ class OpenVINOSession:
         raise UserError(f"this CPU does not compute in {chosen} under OpenVINO; take one of {', '.join(able)}.")
 
     def _request(self, shape: tuple[int, ...]) -> Any:
-        model, free = self._model, self._model.is_dynamic()
-        shape = shape if free else ()
+        shape = shape if self._free else ()
         if shape in self._requests:
             self._requests.move_to_end(shape)
             return self._requests[shape]
-        if free:
+        model = self._model
+        if self._free:
             model = model.clone()
             model.reshape(list(shape))
         request = self._core.compile_model(model, "CPU", self._config).create_infer_request()
