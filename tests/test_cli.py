@@ -154,7 +154,7 @@ def test_predict_writes_csv_that_a_spreadsheet_can_open_and_pictures(trained, pi
         trained / "model.safetensors",
         "--output",
         output,
-        "--pictures",
+        "--save-images",
         drawn,
         "--",
         "=cmd.png",
@@ -280,3 +280,23 @@ def test_a_signal_leaves_the_rows_that_predict_has(number, code, trained, garmen
     assert [row["file"] for row in rows] == [str(tmp_path / f"{index:04}.jpg") for index in range(len(rows))]
     assert 1 <= len(rows) < 3000
     assert not output.exists()
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".csv"])
+def test_predict_goes_on_where_it_was_interrupted(ending, trained, pictures, tmp_path):
+    command = ["predict", trained / "model.safetensors", pictures, "--batch-size", 2]
+    whole, stopped = tmp_path / f"whole{ending}", tmp_path / f"stopped{ending}"
+    assert nextvit_here(*command, "--output", whole).returncode == 0
+    lines = whole.read_bytes().splitlines(keepends=True)
+    partial = stopped.with_name(f"{stopped.name}.partial")
+    partial.write_bytes(b"".join(lines[:5]) + lines[5][: len(lines[5]) // 2])
+    done = nextvit_here(*command, "--output", stopped, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert f"going on after {5 - (ending == '.csv')} of" in done.stderr
+    assert stopped.read_bytes() == whole.read_bytes()
+    assert not partial.exists()
+    partial.write_bytes(b"".join(lines[:5]))
+    done = nextvit_here("predict", trained / "model.safetensors", pictures / "0.png", "--output", stopped, "--resume")
+    assert (done.returncode, "rows of other files" in done.stderr) == (2, True)
+    done = nextvit_here(*command, "--resume")
+    assert (done.returncode, "goes on with an --output" in done.stderr) == (2, True)

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +16,7 @@ from nextvit.errors import UserError, exit_code
 from nextvit.formats import FORMATS
 
 if TYPE_CHECKING:
-    from nextvit.runtime.predictor import Predictor
+    pass
 
 app = typer.Typer(
     add_completion=False,
@@ -216,9 +216,12 @@ def predict(
     output: Annotated[
         Path | None, typer.Option(help="FILE.jsonl or FILE.csv; left out: JSON Lines on standard output.")
     ] = None,
-    pictures: Annotated[
+    save_images: Annotated[
         Path | None, typer.Option(help="Also write each image, with its label on it, into this folder.")
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an --output that was interrupted, after its last whole row.")
+    ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 2 if any file cannot be used.")] = False,
     weights: Weights = None,
     device: Device = "auto",
@@ -231,26 +234,33 @@ def predict(
     """Label images: one row a file, in order, with the best labels and their scores, or why it could not be read."""
     from nextvit.data.images import printable
     from nextvit.data.sources import expand
-    from nextvit.progress import track
-    from nextvit.results import collecting, draw, open_results
+    from nextvit.progress import say, track
+    from nextvit.results import collecting, draw, interrupted_rows, open_results
     from nextvit.runtime.open import open_session
     from nextvit.runtime.predictor import Predictor
 
     files = expand(source)
     predictor = Predictor(open_session(model, weights=weights, device=device, threads=threads, precision=precision))
     _warn_of_random_weights(model, weights)
-    good = 0
+    done, good = interrupted_rows(output, files) if resume else (0, 0)
+    if done:
+        say(f"going on after {done} of {len(files)} files.")
     rows: list[dict[str, Any]] = []
     collect = as_json and output is None
-    with collecting(rows) if collect else open_results(output) as write:
-        for file, result in track(
-            _answers(predictor, files, batch_size), total=len(files), label="predict", unit="images"
-        ):
+    with collecting(rows) if collect else open_results(output, go_on=done > 0) as write:
+        answers = track(
+            predictor.stream(files[done:], batch_size=batch_size),
+            total=len(files),
+            label="predict",
+            unit="images",
+            done=done,
+        )
+        for number, (file, result) in enumerate(answers, done + 1):
             write(file, result)
             if not isinstance(result, str):
                 good += 1
-                if pictures is not None:
-                    draw(file, result, pictures / f"{good:06}-{printable(file.stem)[:60]}.png")
+                if save_images is not None:
+                    draw(file, result, save_images / f"{number:06}-{printable(file.stem)[:60]}.png")
     bad = len(files) - good
     if as_json:
         counts = {"files": len(files), "answered": good, "rejected": bad}
@@ -356,30 +366,6 @@ def benchmark(
 
 
 # ---- what the verbs share --------------------------------------------------------------------------------------------
-
-
-def _answers(predictor: "Predictor", files: Sequence[Path], batch_size: int) -> Iterator[tuple[Path, Any]]:
-    """(file, result or why there is none), in order, decoding and running one batch at a time."""
-    import numpy as np
-
-    from nextvit.data.images import ImageRejected
-    from nextvit.tasks import classify
-
-    labels = predictor.labels
-    for start in range(0, len(files), batch_size):
-        part = files[start : start + batch_size]
-        answers: list[Any] = []
-        inputs = []
-        for file in part:
-            try:
-                inputs.append(predictor.prepare(file))
-                answers.append(None)
-            except ImageRejected as error:
-                answers.append(str(error))
-        decoded: Iterable[Any] = classify.decode(predictor.run(np.stack(inputs)), labels) if inputs else ()
-        results = iter(decoded)
-        for file, answer in zip(part, answers, strict=True):
-            yield file, next(results) if answer is None else answer
 
 
 def _warn_of_random_weights(model: str, weights: str | None) -> None:

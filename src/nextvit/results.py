@@ -2,10 +2,11 @@
 
 import csv
 import errno
+import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,10 +25,11 @@ PICTURE_SIDE = 512  # pixels of the longer side, at the most
 
 
 @contextmanager
-def open_results(output: Path | None) -> Iterator[Write]:
+def open_results(output: Path | None, *, go_on: bool = False) -> Iterator[Write]:
     """A function that writes one row a file. The output takes its name when all rows are in it.
 
     Until then, and for good if something ends it, the rows lie in OUTPUT.partial: each is written when it is known.
+    go_on: behind the rows that are there already.
     """
     if output is None or output == Path("-"):
         yield _json_lines(sys.stdout)
@@ -37,18 +39,47 @@ def open_results(output: Path | None) -> Iterator[Write]:
             if output.is_dir():
                 raise IsADirectoryError(errno.EISDIR, "it is a folder")
             output.parent.mkdir(parents=True, exist_ok=True)
-            stream = open(partial, "w", buffering=1, encoding="utf-8", newline="")  # noqa: SIM115 - closed below
+            stream = open(partial, "a" if go_on else "w", buffering=1, encoding="utf-8", newline="")  # noqa: SIM115 - closed below
         except OSError as error:
             raise UserError(f"cannot write {output}: {error.strerror}; choose another --output.") from error
         try:
             with stream:
-                yield (_csv(stream) if output.suffix.lower() == ".csv" else _json_lines(stream))
+                yield (_csv(stream, header=not go_on) if output.suffix.lower() == ".csv" else _json_lines(stream))
             os.replace(partial, output)
         except BaseException:
-            say(f"the rows so far are kept in {partial}.")
+            say(f"the rows so far are kept in {partial}; go on with the same command and --resume.")
             raise
     else:
         raise UserError(f"--output {output} must end in .jsonl or .csv.")
+
+
+def interrupted_rows(output: Path | None, files: Sequence[Path]) -> tuple[int, int]:
+    """(rows, rows with a result) that an interrupted run left in OUTPUT.partial; a row cut short is taken away.
+
+    Raises UserError where those rows are not of the first of `files`.
+    """
+    if output is None or output == Path("-"):
+        raise UserError("--resume goes on with an --output; give the one that was interrupted.")
+    partial = output.with_name(f"{output.name}.partial")
+    if not partial.exists():
+        return 0, 0
+    content = partial.read_bytes()
+    content = content[: content.rfind(b"\n") + 1]
+    try:
+        text = content.decode("utf-8")
+        if output.suffix.lower() == ".csv":
+            found = list(csv.DictReader(io.StringIO(text)))
+            names, expected = [row["file"] for row in found], [_cell(printable(file)) for file in files]
+        else:
+            found = [json.loads(line) for line in text.splitlines()]
+            names, expected = [row["file"] for row in found], [str(file) for file in files]
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise UserError(f"{partial} holds no rows of predict; remove it to begin anew.") from error
+    if names != expected[: len(names)]:
+        raise UserError(f"{partial} holds rows of other files; give the same SOURCE, or remove it to begin anew.")
+    with open(partial, "r+b") as file:
+        file.truncate(len(content))
+    return len(found), sum(not row.get("error") for row in found)
 
 
 @contextmanager
@@ -68,9 +99,10 @@ def _json_lines(stream: TextIO) -> Write:
     return write
 
 
-def _csv(stream: TextIO) -> Write:
+def _csv(stream: TextIO, *, header: bool) -> Write:
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["file", "label", "score", "error"])
+    if header:
+        writer.writerow(["file", "label", "score", "error"])
 
     def write(file: Path, answer: Answer) -> None:
         name = _cell(printable(file))

@@ -1,12 +1,17 @@
 """From images to typed results, on whatever runtime the model is."""
 
 import os
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 
 from nextvit.backbone import SMALLEST_SIDE
-from nextvit.data.images import ImageSource, preprocess, read_image
+from nextvit.data.images import ImageRejected, ImageSource, preprocess, read_image
+from nextvit.devices import cpu_count
 from nextvit.errors import UserError
 from nextvit.runtime.open import open_session
 from nextvit.runtime.session import Session
@@ -59,6 +64,43 @@ class Predictor:
         if not images:
             return []
         return classify.decode(self.run(np.stack([self.prepare(image) for image in images])), self.labels)
+
+    def stream(
+        self, files: Sequence[Path], *, batch_size: int = 16, workers: int | None = None
+    ) -> Iterator[tuple[Path, Classification | str]]:
+        """(file, its result, or why there is none) of any number of files, in order.
+
+        Files are decoded and preprocessed in `workers` threads (None: one a core) while the model runs; a few batches
+        at most are held.
+        """
+        with ThreadPoolExecutor(workers or cpu_count()) as pool:
+            ahead = 3 * batch_size
+            waiting: deque[tuple[Path, Future[np.ndarray]]] = deque()
+            rest = iter(files)
+            try:
+                while True:
+                    waiting.extend(
+                        (file, pool.submit(self.prepare, file)) for file in islice(rest, ahead - len(waiting))
+                    )
+                    if not waiting:
+                        return
+                    batch = [waiting.popleft() for _ in range(min(batch_size, len(waiting)))]
+                    yield from self._answers(batch)
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _answers(
+        self, batch: Sequence[tuple[Path, "Future[np.ndarray]"]]
+    ) -> Iterator[tuple[Path, Classification | str]]:
+        inputs, reasons = [], {}
+        for index, (_, prepared) in enumerate(batch):
+            try:
+                inputs.append(prepared.result())
+            except ImageRejected as error:
+                reasons[index] = str(error)
+        found = iter(classify.decode(self.run(np.stack(inputs)), self.labels) if inputs else ())
+        for index, (file, _) in enumerate(batch):
+            yield file, reasons[index] if index in reasons else next(found)
 
 
 def load(
