@@ -4,11 +4,14 @@ import csv
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -300,3 +303,78 @@ def test_predict_goes_on_where_it_was_interrupted(ending, trained, pictures, tmp
     assert (done.returncode, "rows of other files" in done.stderr) == (2, True)
     done = nextvit_here(*command, "--resume")
     assert (done.returncode, "goes on with an --output" in done.stderr) == (2, True)
+
+
+def _png_bomb(path: Path, width: int, height: int) -> None:
+    """A valid grey PNG of any size in a few kB."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    packer = zlib.compressobj(9)
+    row = bytes(1 + (width + 7) // 8)
+    data = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b""))
+
+
+@pytest.mark.slow
+def test_2000_files_of_every_kind_are_accounted_for_in_little_memory(trained, tmp_path):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    tile = garments("val")["bag"][0].resize((200, 160)).convert("RGB")
+    tile.save(folder / "good.jpg")
+    whole = (folder / "good.jpg").read_bytes()
+    _png_bomb(tmp_path / "169.png", 13_000, 13_000)
+    _png_bomb(tmp_path / "1600.png", 40_000, 40_000)
+    _png_bomb(tmp_path / "thin.png", 1, 60_000)
+    bombs = [(tmp_path / name).read_bytes() for name in ("169.png", "1600.png", "thin.png")]
+    modes = ("RGB", "L", "CMYK", "P", "LA", "RGBA", "1", "I;16")
+    endings = {"RGB": ".webp", "L": ".bmp", "CMYK": ".tiff", "P": ".gif", "LA": ".png", "RGBA": ".png", "1": ".png"}
+    good: set[str] = {"good.jpg"}
+    for index in range(1980):
+        name = f"{index:04}"
+        if index % 10 < 7:
+            mode = modes[index % len(modes)]
+            path = folder / f"{name}{endings.get(mode, '.png')}"
+            image = (
+                Image.fromarray(np.asarray(tile.convert("L"), np.uint16) * 257)
+                if mode == "I;16"
+                else tile.convert(mode)
+            )
+            image.save(path)
+            good.add(path.name)
+        else:
+            kinds = [b"", whole[: len(whole) // 2], b"this is text", whole[:300] + os.urandom(200), *bombs]
+            (folder / f"{name}.jpg").write_bytes(kinds[index % len(kinds)])
+    (folder / "dangling.jpg").symlink_to(folder / "nowhere.jpg")
+    (folder / "loop.jpg").symlink_to(folder / "loop.jpg")
+    (folder / "zero.jpg").symlink_to("/dev/zero")
+    os.mkfifo(folder / "fifo.jpg")
+    for odd in (
+        b"\xff.jpg",
+        b"new\nline.jpg",
+        b"-flag.jpg",
+        b"=cmd.jpg",
+        "\U0001f600.jpg".encode(),
+        b"x" * 251 + b".jpg",
+    ):
+        Path(os.fsdecode(os.fsencode(folder) + b"/" + odd)).write_bytes(whole)
+        good.add(os.fsdecode(odd))
+    (folder / "folder.jpg").mkdir()
+    script = (
+        "import resource, subprocess, sys; code = subprocess.run(sys.argv[1:]).returncode;"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr); sys.exit(code)"
+    )
+    output = tmp_path / "answers.jsonl"
+    command = [sys.executable, "-m", "nextvit", "predict", str(trained / "model.safetensors"), str(folder)]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *command, "--output", str(output)], capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    files = sorted(path for path in folder.iterdir() if not (path.is_dir() and not path.is_symlink()))
+    assert sorted(row["file"] for row in rows) == sorted(map(str, files))
+    assert {Path(row["file"]).name for row in rows if "error" not in row} == good
+    peak = int(done.stderr.split()[-1]) * 1024
+    assert peak < 1.5e9, f"{peak / 1e9:.2f} GB"
