@@ -81,7 +81,7 @@ def test_a_session_measured_against_itself_differs_no_more_often_than_stated(mon
     assert found <= 9, "3 are expected of 300; more than 9 has a probability of one in a thousand"
 
 
-@pytest.mark.parametrize("open_it", ["torch", "onnx", "openvino"])
+@pytest.mark.parametrize("open_it", ["torch", pytest.param("onnx", marks=pytest.mark.slow), "openvino"])
 def test_two_sessions_of_one_model_do_not_differ(open_it, tmp_path):
     """Two real ones: with buffers, threads and caches of their own, which may cost what one session does not show."""
     model = fill(create_model("nextvit_nano", num_classes=5))
