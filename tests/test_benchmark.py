@@ -7,15 +7,10 @@ import numpy as np
 import pytest
 
 from nextvit.benchmark import CONFIDENCE, benchmark, fewest_rounds, median_interval
-from nextvit.create import create_model
 from nextvit.errors import UserError
-from nextvit.exporters.export import export
-from nextvit.formats import format_named
 from nextvit.metadata import Metadata, Preprocess
-from nextvit.runtime.open import open_session
 from nextvit.runtime.session import Setup
-from nextvit.runtime.torch_session import TorchSession
-from tests.conftest import fill, nextvit, nextvit_here
+from tests.conftest import nextvit, nextvit_here
 
 
 class Clock:
@@ -79,21 +74,6 @@ def test_a_session_measured_against_itself_differs_no_more_often_than_stated(mon
         found += again.differs
         assert again.ratio == pytest.approx(1, abs=0.3)
     assert found <= 9, "3 are expected of 300; more than 9 has a probability of one in a thousand"
-
-
-@pytest.mark.parametrize("open_it", ["torch", pytest.param("onnx", marks=pytest.mark.slow), "openvino"])
-def test_two_sessions_of_one_model_do_not_differ(open_it, tmp_path):
-    """Two real ones: with buffers, threads and caches of their own, which may cost what one session does not show."""
-    model = fill(create_model("nextvit_nano", num_classes=5))
-    if open_it == "torch":
-        sessions = [TorchSession(model, device="cpu", threads=1, precision="fp32") for _ in range(2)]
-    else:
-        path = tmp_path / f"m{format_named(open_it).suffix}"
-        export(model, path)
-        sessions = [open_session(path, threads=1) for _ in range(2)]
-    rows = benchmark([("a", sessions[0]), ("b", sessions[1])], rounds=15, image_size=64)
-    assert rows[1].ratio_low < 1.03
-    assert rows[1].ratio_high > 0.97
 
 
 def test_a_session_that_is_slower_is_found_slower_by_its_factor(clock):
