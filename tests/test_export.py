@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import shutil
 
@@ -23,7 +24,7 @@ ENDINGS = [".onnx", ".xml"]
     params=[
         ("nextvit_nano", "sequence"),
         pytest.param(("nextvit_nano", "spatial"), marks=pytest.mark.slow),
-        ("nextvit_small", "sequence"),
+        pytest.param(("nextvit_small", "sequence"), marks=pytest.mark.slow),
     ],
 )
 def model(request):
@@ -167,6 +168,92 @@ def test_a_foreign_onnx_file_and_one_with_tensors_elsewhere_are_refused(tmp_path
     close_seal(tmp_path / "outside.onnx")
     with pytest.raises(UserError, match="keeps tensors in other files"):
         nextvit.load(tmp_path / "outside.onnx")
+
+
+@pytest.mark.parametrize("kind", ["../x", "a/../../x", "absolute", "symlink", "hard link", "linked folder"])
+def test_tensors_outside_the_file_are_refused_before_a_runtime_sees_them(kind, small_onnx, tmp_path):
+    """However the other file is named or linked: its bytes must not come out as outputs."""
+    import onnx
+
+    from nextvit.files import OPEN_SEAL, close_seal
+
+    folder, secret = tmp_path / "in", tmp_path / "secret"
+    folder.mkdir()
+    secret.write_bytes(b"\x01\x02\x03\x04" * 100_000)
+    location = {"../x": "../secret", "a/../../x": "a/../../secret", "absolute": str(secret)}.get(kind, "beside")
+    if kind == "symlink":
+        (folder / "beside").symlink_to(secret)
+    elif kind == "hard link":
+        os.link(secret, folder / "beside")
+    elif kind == "linked folder":
+        (folder / "linked").symlink_to(tmp_path)
+        location = "linked/secret"
+    model = onnx.load(small_onnx)
+    tensor = model.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", location), ("offset", "0"), ("length", "400")):
+        entry = tensor.external_data.add()
+        entry.key, entry.value = key, value
+    notes = {entry.key: entry.value for entry in model.metadata_props}
+    onnx.helper.set_model_props(model, {**notes, "sha256": OPEN_SEAL})
+    (folder / "m.onnx").write_bytes(model.SerializeToString())
+    close_seal(folder / "m.onnx")
+    with pytest.raises(UserError, match="keeps tensors in other files"):
+        nextvit.load(folder / "m.onnx")
+
+
+@pytest.fixture(scope="module")
+def small_onnx(tmp_path_factory):
+    path = tmp_path_factory.mktemp("onnx") / "m.onnx"
+    nextvit.export(fill(nextvit.create_model("nextvit_nano", num_classes=4)), path, image_size=64, dynamic=False)
+    return path
+
+
+@pytest.mark.parametrize("fault", ["none", "huge", "wrong count", "no object", "extra entry"])
+def test_metadata_that_is_not_ours_is_refused(fault, small_onnx, tmp_path):
+    import onnx
+
+    from nextvit.files import OPEN_SEAL, close_seal
+
+    model = onnx.load(small_onnx)
+    notes = {entry.key: entry.value for entry in model.metadata_props}
+    record = json.loads(notes["nextvit"])
+    changed = {
+        "none": None,
+        "huge": json.dumps({**record, "labels": ["x" * 2_500_000] * 4}),
+        "wrong count": json.dumps({**record, "labels": ["a", "b"]}),
+        "no object": "[]",
+        "extra entry": json.dumps({**record, "run": "this"}),
+    }[fault]
+    notes["sha256"] = OPEN_SEAL
+    del notes["nextvit"]
+    onnx.helper.set_model_props(model, notes if changed is None else {**notes, "nextvit": changed})
+    onnx.save(model, tmp_path / "m.onnx")
+    close_seal(tmp_path / "m.onnx")
+    done = nextvit_here("info", tmp_path / "m.onnx")
+    assert (done.returncode, "metadata" in done.stderr) == (2, True), done.stderr
+    assert len(done.stderr) < 400
+
+
+def test_labels_full_of_markup_come_out_harmless(small_onnx, tmp_path, garment_folder):
+    import onnx
+
+    from nextvit.files import OPEN_SEAL, close_seal
+
+    model = onnx.load(small_onnx)
+    notes = {entry.key: entry.value for entry in model.metadata_props}
+    labels = ["<script>alert(1)</script>", "\x1b[31mred", "=cmd()", "line\nbreak"]
+    record = json.dumps({**json.loads(notes["nextvit"]), "labels": labels})
+    onnx.helper.set_model_props(model, {**notes, "nextvit": record, "sha256": OPEN_SEAL})
+    onnx.save(model, tmp_path / "m.onnx")
+    close_seal(tmp_path / "m.onnx")
+    image = sorted((garment_folder / "bag").iterdir())[0]
+    shown = [nextvit_here("info", tmp_path / "m.onnx"), nextvit_here("predict", tmp_path / "m.onnx", image)]
+    done = nextvit_here("predict", tmp_path / "m.onnx", image, "--output", tmp_path / "rows.csv")
+    for out in (*(one.stdout + one.stderr for one in (*shown, done)), (tmp_path / "rows.csv").read_text()):
+        assert "\x1b" not in out
+        assert not re.search(r"(^|,)=cmd", out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("target", ["m.tflite", "m"])

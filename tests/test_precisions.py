@@ -91,6 +91,7 @@ def test_each_size_is_compiled_once_and_the_last_few_are_kept(int8):
         assert [shape[2] for shape in session._requests] == [96, 128, 160, 32]
 
 
+@pytest.mark.slow
 def test_accuracy_that_is_lost_is_won_back_or_nothing_is_written(model, tmp_path, monkeypatch):
     """Calibrated on images that are nearly black, the ranges of int8 are far too small for others."""
     from nextvit.exporters import export as module

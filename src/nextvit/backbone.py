@@ -265,6 +265,7 @@ class NextViT(nn.Module):
         super().__init__()
         self.variant = variant
         self.features_only = features_only
+        self.layout = torch.channels_last  # fastest for convolutions on the CPU, and for half-precision ones on GPUs
         self.metadata = Metadata(variant.name, num_classes=num_classes, in_channels=in_channels, kv_pooling=kv_pooling)
         widths = (in_channels, *variant.stem)
         self.stem = nn.Sequential(
@@ -286,8 +287,7 @@ class NextViT(nn.Module):
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         if min(x.shape[2:]) < SMALLEST_SIDE:
             raise UserError(f"an image of {x.shape[2]} x {x.shape[3]} pixels is too small; both sides need 32 or more.")
-        # Convolutions on the CPU, and half-precision ones on GPUs, are fastest with channels last.
-        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        x = self.stem(x.contiguous(memory_format=self.layout))
         maps = []
         for stage in self.stages:
             x = stage(x)

@@ -26,6 +26,7 @@ def open_candidates(
     weights: str | None,
     device: str,
     threads: int,
+    trust: bool = False,
 ) -> Iterator[list[tuple[str, Session]]]:
     """(name, session) of each row. A precision that a runtime does not have here is left out, and a line says so."""
     if unknown := [name for name in runtimes if name not in RUNTIMES]:
@@ -49,7 +50,13 @@ def open_candidates(
                     try:
                         if runtime in files:
                             where = device if files[runtime] == Path(name) else "cpu"
-                            session = open_session(files[runtime], device=where, threads=threads, precision=precision)
+                            session = open_session(
+                                files[runtime],
+                                device=where,
+                                threads=threads,
+                                precision=precision,
+                                trust=trust or files[runtime] != Path(name),
+                            )
                         else:
                             assert network is not None
                             session = TorchSession(

@@ -43,6 +43,9 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
 ImageSize = Annotated[int | None, typer.Option(min=32, help="Side of the input in pixels; left out: the model's own.")]
 Precision = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16, where the device computes in it; else fp32.")]
 Seed = Annotated[int | None, typer.Option(min=0, help="Of everything that is drawn at random.")]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Open an AOTInductor package too, which is machine code of whoever made it.")
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output and nothing else there.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -177,6 +180,7 @@ def evaluate(
     allow_bad: Annotated[
         bool, typer.Option("--allow-bad", help="Accept images that cannot be read; they are left out.")
     ] = False,
+    trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -188,7 +192,8 @@ def evaluate(
     from nextvit.runtime.open import open_session
     from nextvit.runtime.predictor import Predictor
 
-    predictor = Predictor(open_session(model, weights=weights, device=device, threads=threads, precision=precision))
+    session = open_session(model, weights=weights, device=device, threads=threads, precision=precision, trust=trust)
+    predictor = Predictor(session)
     _warn_of_random_weights(model, weights)
     part = read_split(data, split or default_eval_split(data), predictor.labels)
     loaders = min(8, cpu_count()) if predictor.session.setup.device.startswith("cuda") else 0
@@ -228,6 +233,7 @@ def predict(
     precision: Precision = None,
     threads: Threads = None,
     batch_size: BatchSize = 16,
+    trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -240,7 +246,8 @@ def predict(
     from nextvit.runtime.predictor import Predictor
 
     files = expand(source)
-    predictor = Predictor(open_session(model, weights=weights, device=device, threads=threads, precision=precision))
+    session = open_session(model, weights=weights, device=device, threads=threads, precision=precision, trust=trust)
+    predictor = Predictor(session)
     _warn_of_random_weights(model, weights)
     done, good = interrupted_rows(output, files) if resume else (0, 0)
     if done:
@@ -316,7 +323,7 @@ def export(
         max_drop=None if force else max_drop,
         dynamic=not static,
     )
-    _show(report.to_dict(), as_json, [*export_lines(report), f"next: nextvit benchmark {path}"])
+    _show(report.to_dict(), as_json, export_lines(report))
 
 
 @app.command(epilog="Example: nextvit benchmark nextvit_nano --runtimes eager,folded,onnx,openvino --image-size 224")
@@ -342,6 +349,7 @@ def benchmark(
     threads: Threads = None,
     seed: Seed = None,
     output: Annotated[Path | None, typer.Option(help="FILE.csv; a plot is drawn beside it.")] = None,
+    trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -358,6 +366,7 @@ def benchmark(
         weights=weights,
         device=device,
         threads=threads or cpu_count(),
+        trust=trust,
     ) as sessions:
         rows = run_benchmark(sessions, batch=batch_size, image_size=image_size, rounds=rounds, seed=seed or 0)
     _show({"rows": [row.to_dict() for row in rows]}, as_json, latency_lines(rows))

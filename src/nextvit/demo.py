@@ -83,7 +83,7 @@ def main(run: Path) -> None:
     print(f"a linear model {base.top1:.1f} % ({base.standard_error:.1f}), {m.images} images")
     for e in exports:
         print(
-            f"{e.path}: {e.parity.relative:.0e} relative difference, {e.parity.top1_agreement:.1f} % same first label"
+            f"{e.path}: {e.checked.relative:.0e} relative difference, {e.checked.top1_agreement:.1f} % same first label"
         )
     print("\n".join(report.latency_lines(rows)))
     print(f"done in {seconds:.0f} s; the report: {page}")
@@ -164,13 +164,13 @@ def write_report(
         {
             "file": Path(e.path).name,
             "megabytes": f"{e.bytes / 1e6:.1f}",
-            "checked by": f"{e.parity.setup.runtime}, {e.parity.setup.precision}",
-            "inputs": e.parity.images,
-            "largest difference": f"{e.parity.max_abs:.1e}",
-            "mean": f"{e.parity.mean_abs:.1e}",
-            "relative": f"{e.parity.relative:.1e}",
-            "same first label": f"{e.parity.top1_agreement:.1f} %",
-            "spread over images": f"{e.parity.spread:.2f}",
+            "checked by": f"{e.checked.setup.runtime}, {e.checked.setup.precision}",
+            "inputs": e.checked.images,
+            "largest difference": f"{e.checked.max_abs:.1e}",
+            "mean": f"{e.checked.mean_abs:.1e}",
+            "relative": f"{e.checked.relative:.1e}",
+            "same first label": f"{e.checked.top1_agreement:.1f} %",
+            "spread over images": f"{e.checked.spread:.2f}",
         }
         for e in exports
     ]

@@ -6,6 +6,7 @@ from typing import Any
 
 from nextvit.cost import cost
 from nextvit.create import create_model, list_models, model_of, variant_named, variant_of
+from nextvit.data.images import printable
 from nextvit.formats import format_of
 from nextvit.runtime.open import open_session
 from nextvit.spec import VARIANTS
@@ -119,6 +120,6 @@ def _text(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     if isinstance(value, list | tuple):
-        shown = ", ".join(map(str, value[:12]))
+        shown = ", ".join(printable(str(entry)) for entry in value[:12])
         return f"{shown}, ... ({len(value)})" if len(value) > 12 else shown or "-"
-    return "-" if value is None or value == "" else str(value)
+    return "-" if value is None or value == "" else printable(str(value))

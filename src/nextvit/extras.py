@@ -1,6 +1,7 @@
 """Optional libraries: imported where they are used, and named with the extra that brings them when they are missing."""
 
 import importlib
+from importlib import metadata
 from types import ModuleType
 
 from nextvit.errors import MissingExtra
@@ -12,3 +13,8 @@ def need(module: str, *, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise MissingExtra(f'{error.name} is not installed; run: pip install "nextvit[{extra}]"') from error
+
+
+def version(distribution: str) -> str:
+    """The installed version of a distribution."""
+    return metadata.version(distribution).partition("+")[0]

@@ -16,6 +16,7 @@ from typing import Any
 from nextvit.errors import UserError
 
 SEAL = "nextvit-sha256:"
+FOLDERS = (".mlpackage", ".aimodel")  # formats that are a folder of files
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 OPEN_SEAL = SEAL + "0" * 64  # written with the file's metadata; close_seal() puts the digest in its place
 
@@ -24,10 +25,11 @@ OPEN_SEAL = SEAL + "0" * 64  # written with the file's metadata; close_seal() pu
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a path in a hidden folder beside `path`; what lies there takes its final place only if all went well.
 
-    Companions written beside it (the `.bin` of an OpenVINO `.xml`) are moved first, the file itself last.
+    Companions written beside it (the `.bin` of an OpenVINO `.xml`) are moved first, the file itself last. Formats that
+    are a folder of files (FOLDERS) are moved whole.
     """
     final = Path(path)
-    if final.is_dir():
+    if final.is_dir() and final.suffix not in FOLDERS:
         raise UserError(f"{final} is a folder; give the name of a file, or choose another --output.")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -37,11 +39,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield folder / final.name
         written = sorted(folder.iterdir(), key=lambda p: p.name == final.name)
-        for file in written:
+        for file in (part for item in written for part in parts(item)):
             file.chmod(0o666 & ~_umask())  # some writers make their files private
             _sync(file)
-        for file in written:
-            os.replace(file, final.parent / file.name)
+        for number, item in enumerate(written):
+            place = final.parent / item.name
+            if place.is_dir():  # a folder cannot be replaced in one step; what it held is removed with `folder`
+                os.replace(place, folder / f"before-{number}")
+            os.replace(item, place)
         _sync(final.parent)
     except OSError as error:
         if error.errno not in FULL:
@@ -87,22 +92,22 @@ def _sync(path: Path) -> None:
 
 
 def close_seal(path: Path) -> None:
-    """Put the SHA-256 of the file, and of its companion, in the place of the OPEN_SEAL that its metadata holds."""
-    digest, at = _digest(path)
-    if at is None:
+    """Put the SHA-256 of the file, and of its other parts, in the place of the OPEN_SEAL that its metadata holds."""
+    digest, place = _digest(path)
+    if place is None:
         raise RuntimeError(f"{path} was written without a seal")
-    with open(path, "r+b") as file:
-        file.seek(at)
+    with open(place[0], "r+b") as file:
+        file.seek(place[1])
         file.write(digest.encode())
 
 
 def check_seal(path: Path) -> bool:
     """True: the seal holds. False: the file has none. UserError: the file is not as it was written."""
-    digest, at = _digest(path)
-    if at is None:
+    digest, place = _digest(path)
+    if place is None:
         return False
-    with open(path, "rb") as file:
-        file.seek(at)
+    with open(place[0], "rb") as file:
+        file.seek(place[1])
         if file.read(64) != digest.encode():
             raise UserError(
                 f"{path} is damaged: its SHA-256 is not the one it was written with; copy or make it again."
@@ -110,23 +115,28 @@ def check_seal(path: Path) -> bool:
     return True
 
 
-def companion(path: Path) -> Path | None:
-    """The second file of a format that has two."""
-    return path.with_suffix(".bin") if path.suffix == ".xml" else None
+def parts(path: Path) -> list[Path]:
+    """The files that make one: itself, the `.bin` beside an `.xml`, or all in a folder, in a fixed order."""
+    if path.is_dir():
+        return sorted(part for part in path.rglob("*") if part.is_file())
+    return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
 
 
-def _digest(path: Path) -> tuple[str, int | None]:
-    """SHA-256 of the file with its seal taken as zeros, then of its companion; and where the seal's digits start."""
-    data = bytearray(path.read_bytes())
-    found = re.search(SEAL.encode() + rb"[0-9a-f]{64}", data)
-    at = found.end() - 64 if found else None
-    if at is not None:
-        data[at : at + 64] = b"0" * 64
-    digest = hashlib.sha256(data)
-    second = companion(path)
-    if at is not None and second is not None:
+def _digest(path: Path) -> tuple[str, tuple[Path, int] | None]:
+    """SHA-256 of all parts, the seal taken as zeros; and the part and the place where the seal's digits start."""
+    digest, place = hashlib.sha256(), None
+    for part in parts(path):
         try:
-            digest.update(second.read_bytes())
+            data = bytearray(part.read_bytes())
         except OSError as error:
-            raise UserError(f"{second} is missing: {path.name} needs it beside itself.") from error
-    return digest.hexdigest(), at
+            if part == path:
+                raise
+            raise UserError(f"{part} is missing: {path.name} needs it beside itself.") from error
+        found = None if place else re.search(SEAL.encode() + rb"[0-9a-f]{64}", data)
+        if found:
+            place = (part, found.end() - 64)
+            data[place[1] : found.end()] = b"0" * 64
+        if path.is_dir():
+            digest.update(str(part.relative_to(path)).encode() + b"\0")
+        digest.update(data)
+    return digest.hexdigest(), place

@@ -8,23 +8,45 @@ from nextvit.errors import UserError
 
 
 @dataclass(frozen=True)
+class Free:
+    """What of the input (B, C, H, W) is left open in an exported file; the rest is fixed when it is written."""
+
+    batch: bool
+    sides: bool
+
+
+@dataclass(frozen=True)
 class Format:
     """One format: `nextvit export --to NAME`; its writer is the module of that name in `exporters`."""
 
     name: str
     suffix: str
-    extra: str  # of the package, with the libraries that write and run it
+    extra: str  # of the package, with the libraries that write and run it; empty: torch does
     precisions: tuple[str, ...]
+    free: Free  # what it can leave open
+    open_from: int = 32  # sides, in pixels, that can be left open; a smaller size is fixed
 
     def check(self, precision: str) -> None:
         """Raise UserError for a precision that the format does not have."""
         if precision not in self.precisions:
             raise UserError(f"{self.name} files are {', '.join(self.precisions)}, not {precision!r}.")
 
+    def left_open(self, image_size: int, dynamic: bool) -> Free:
+        """What stays open in a file made for this size: all that can, or nothing."""
+        sides = self.free.sides and image_size >= self.open_from
+        return Free(dynamic and self.free.batch, dynamic and sides)
 
+
+BOTH = Free(batch=True, sides=True)
 FORMATS = (
-    Format("onnx", ".onnx", "onnx", ("fp32", "fp16", "int8")),
-    Format("openvino", ".xml", "openvino", ("fp32", "fp16", "bf16", "int8")),
+    Format("onnx", ".onnx", "onnx", ("fp32", "fp16", "int8"), BOTH),
+    Format("openvino", ".xml", "openvino", ("fp32", "fp16", "bf16", "int8"), BOTH),
+    Format("coreml", ".mlpackage", "coreml", ("fp32", "fp16", "int8"), Free(batch=False, sides=True), 64),
+    Format("coreai", ".aimodel", "coreai", ("fp32", "fp16"), BOTH, 64),
+    Format("tensorrt", ".engine", "tensorrt", ("fp32", "fp16", "int8"), BOTH),
+    Format("executorch", ".pte", "executorch", ("fp32", "int8"), BOTH, 64),
+    Format("torch", ".pt2", "", ("fp32", "bf16"), BOTH, 64),
+    Format("aotinductor", ".aoti.pt2", "", ("fp32", "bf16"), BOTH, 64),
 )
 
 
@@ -38,5 +60,6 @@ def format_named(name: str) -> Format:
 
 
 def format_of(path: Path) -> Format | None:
-    """The format that a file's ending names, if any."""
-    return next((fmt for fmt in FORMATS if fmt.suffix == path.suffix), None)
+    """The format that a file's ending names, if any; of two that fit, the longer."""
+    fitting = [fmt for fmt in FORMATS if path.name.endswith(fmt.suffix) and path.name != fmt.suffix]
+    return max(fitting, key=lambda fmt: len(fmt.suffix), default=None)

@@ -8,6 +8,7 @@ from nextvit.errors import UserError
 from nextvit.spec import KvPooling
 
 Interpolation = Literal["bicubic", "bilinear", "nearest"]
+LARGEST = 4_000_000  # characters of a record: 22,000 classes with names of 100 characters come to half of it
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -67,6 +68,8 @@ class Metadata:
     @classmethod
     def from_json(cls, text: str, source: str) -> "Metadata":
         """Read a record that came with `source`; raises UserError where it is not one of ours."""
+        if len(text) > LARGEST:
+            raise UserError(f"the metadata in {source} has {len(text)} characters, which no record of nextvit needs.")
         try:
             found: dict[str, Any] = json.loads(text)
             unknown = found.keys() - {f.name for f in fields(cls)}

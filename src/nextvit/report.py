@@ -12,6 +12,7 @@ from nextvit.data.images import printable
 from nextvit.describe import table
 from nextvit.evaluate import Evaluation
 from nextvit.exporters.export import ExportReport
+from nextvit.exporters.parity import Parity
 from nextvit.files import write_rows, write_text
 
 
@@ -88,7 +89,35 @@ def write_latency(rows: Sequence[Row], path: Path) -> None:
 
 def export_lines(report: ExportReport) -> list[str]:
     """What an export came to, for a terminal."""
-    p, s = report.parity, report.parity.setup
+    head = f"{report.path} ({report.bytes / 1e6:.1f} MB, {report.seconds:.0f} s)"
+    lines = [head] if report.parity is None else _parity_lines(head, report.parity)
+    if report.not_run is not None:
+        lines.append(f"  not run: {report.not_run}")
+    if report.accuracy is not None:
+        a = report.accuracy
+        lines.append(
+            f"  on {a.images} images: {a.metric} {a.float_value:.2f} % in float, {a.int8_value:.2f} % in int8, "
+            f"{a.drop:+.2f} points lost; same first label for {a.agreement:.2f} %"
+        )
+        shown = ", ".join(report.float_layers[:8])
+        more = len(report.float_layers) - 8
+        lines.append(f"  layers in float: {shown or 'none'}{f' and {more} more' if more > 0 else ''}")
+    return [*lines, *(f"  note: {note}" for note in report.notes), f"next: {_next_step(report)}"]
+
+
+def _next_step(report: ExportReport) -> str:
+    if report.format == "tensorrt":
+        return (
+            f"{report.path}.sh, on the machine with TensorRT"
+            if report.not_run
+            else f"trtexec --loadEngine={report.path}"
+        )
+    if report.not_run is not None:
+        return f"take {report.path} to where it runs ({report.not_run})"
+    return f"nextvit benchmark {report.path}{' --trust' if report.format == 'aotinductor' else ''}"
+
+
+def _parity_lines(head: str, p: Parity) -> list[str]:
     rows = [
         {
             "input": f"{row.batch} x {row.height} x {row.width}",
@@ -102,8 +131,8 @@ def export_lines(report: ExportReport) -> list[str]:
         for row in p.rows
     ]
     lines = [
-        f"{report.path} ({report.bytes / 1e6:.1f} MB, {report.seconds:.0f} s), run by {s.runtime} on {s.device} in "
-        f"{s.precision}, beside the model in fp32 on images that ship here:",
+        f"{head}, run by {p.setup.runtime} on {p.setup.device} in {p.setup.precision}, beside the model in fp32 on "
+        "images that ship here:",
         *(f"  {line}" for line in table(rows)),
         f"  logits up to {p.size:.3g}, spread over the images {p.spread:.3g}; largest difference relative to both: "
         f"{p.relative:.1e}, {p.to_spread:.1e}"
@@ -111,16 +140,7 @@ def export_lines(report: ExportReport) -> list[str]:
     ]
     if not p.live:
         lines.append("  note: the outputs hardly depend on the image (random weights?), so the agreement says little.")
-    if report.accuracy is not None:
-        a = report.accuracy
-        lines.append(
-            f"  on {a.images} images: {a.metric} {a.float_value:.2f} % in float, {a.int8_value:.2f} % in int8, "
-            f"{a.drop:+.2f} points lost; same first label for {a.agreement:.2f} %"
-        )
-        shown = ", ".join(report.float_layers[:8])
-        more = len(report.float_layers) - 8
-        lines.append(f"  layers in float: {shown or 'none'}{f' and {more} more' if more > 0 else ''}")
-    return lines + [f"  note: {note}" for note in report.notes]
+    return lines
 
 
 # ---- HTML ------------------------------------------------------------------------------------------------------------

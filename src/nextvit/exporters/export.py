@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import ModuleType
 
 from nextvit import __version__
 from nextvit.backbone import NextViT
@@ -13,10 +14,10 @@ from nextvit.data.images import ImageSource
 from nextvit.errors import AccuracyError, ParityError, UserError
 from nextvit.exporters.calibration import Calibration, read_calibration
 from nextvit.exporters.parity import Parity, compare
-from nextvit.exporters.quantization import Accuracy, accuracy, logits_of, plans, truth_of
+from nextvit.exporters.quantization import FASTEST, Accuracy, Plan, accuracy, logits_of, truth_of
 from nextvit.extras import need
-from nextvit.files import companion, replacing
-from nextvit.formats import FORMATS, format_named, format_of
+from nextvit.files import replacing
+from nextvit.formats import FORMATS, Free, format_named, format_of
 from nextvit.metadata import Metadata
 from nextvit.progress import say
 from nextvit.runtime.open import open_session
@@ -32,14 +33,23 @@ class ExportReport:
     precision: str
     bytes: int  # of all its files
     seconds: float
-    parity: Parity
+    parity: Parity | None  # None: it could not be run here
+    not_run: str | None = None  # why, e.g. "needs macOS"
     accuracy: Accuracy | None = None  # of int8
     float_layers: tuple[str, ...] = ()  # of int8: those that are computed in float
     notes: tuple[str, ...] = ()
 
+    @property
+    def checked(self) -> Parity:
+        """The parity of a file that was run."""
+        if self.parity is None:
+            raise RuntimeError(f"{self.path} was not run: {self.not_run}")
+        return self.parity
+
     def to_dict(self) -> dict[str, object]:
         told = None if self.accuracy is None else self.accuracy.to_dict()
-        return {**asdict(self), "parity": self.parity.to_dict(), "accuracy": told}
+        parity = None if self.parity is None else self.parity.to_dict()
+        return {**asdict(self), "parity": parity, "accuracy": told}
 
 
 def export(
@@ -86,60 +96,68 @@ def export(
     metadata = replace(model.metadata.with_image_size(image_size), version=__version__, precision=precision)
     images = None if calibration is None else read_calibration(calibration, model, metadata)
     start = time.perf_counter()
+    free = fmt.left_open(metadata.preprocess.image_size, dynamic)
+    notes = images.notes if images else ()
+    if dynamic and fmt.free.sides and not free.sides:
+        notes = (*notes, f"the sides are fixed: {fmt.name} leaves them open from {fmt.open_from} pixels up only")
     with replacing(path) as unfinished:
-        measured = None
+        measured, plan, parity = None, FASTEST, None
         if images is None:
-            writer.write(model, unfinished, metadata, dynamic=dynamic)
+            opened = writer.write(model, unfinished, metadata, free=free)
         else:
-            measured = _write_int8(writer, model, unfinished, metadata, dynamic, images, max_drop)
-        session = open_session(unfinished, device="cpu")
-        parity = compare(model, session, dynamic=dynamic, precision=precision)
-        if not parity.ok:
-            raise ParityError(
-                f"{path} was not written: its outputs differ from the model's by {parity.max_abs:.3g} "
-                f"({parity.relative:.1e} of the largest, {parity.to_spread:.1e} of their spread; same first label for "
-                f"{parity.top1_agreement:.1f} % of {parity.images} images); please report this."
-            )
-        second = companion(unfinished)
+            opened, measured, plan = _write_int8(writer, model, unfinished, metadata, free, images, max_drop)
+        if opened is not None:
+            parity = compare(model, open_session(opened, device="cpu", trust=True), free=free, precision=precision)
+            _insist(parity, path)
         report = ExportReport(
             str(path),
             fmt.name,
             precision,
-            bytes=unfinished.stat().st_size + (second.stat().st_size if second else 0),
+            bytes=sum(file.stat().st_size for file in unfinished.parent.rglob("*") if file.is_file()),
             seconds=time.perf_counter() - start,
             parity=parity,
+            not_run=writer.not_run(),
             accuracy=measured,
-            float_layers=tuple(writer.float_layers(unfinished)) if measured else (),
-            notes=images.notes if images else (),
+            float_layers=tuple(writer.float_layers(unfinished, plan)) if measured else (),
+            notes=notes,
         )
         unfinished.with_name(f"{path.name}.json").write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
     return report
 
 
+def _insist(parity: Parity, path: Path) -> None:
+    if not parity.ok:
+        raise ParityError(
+            f"{path} was not written: its outputs differ from the model's by {parity.max_abs:.3g} "
+            f"({parity.relative:.1e} of the largest, {parity.to_spread:.1e} of their spread; same first label for "
+            f"{parity.top1_agreement:.1f} % of {parity.images} images); please report this."
+        )
+
+
 def _write_int8(
-    writer: object,
+    writer: ModuleType,
     model: NextViT,
     path: Path,
     metadata: Metadata,
-    dynamic: bool,
+    free: Free,
     images: Calibration,
     max_drop: float | None,
-) -> Accuracy:
-    """Write in int8; if that loses too much, again with more of it in float."""
-    floats = logits_of(
-        TorchSession(model, device="cpu", threads=None, precision="fp32"), images.measure, "measure the float model"
-    )
-
+) -> tuple[Path | None, Accuracy | None, Plan]:
+    """Write in int8; if that loses too much, again with more of it in float. -> what to open, and what it loses."""
+    eager = TorchSession(model, device="cpu", threads=None, precision="fp32")
+    floats = logits_of(eager, images.measure, "measure the float model")
+    truth = truth_of(images.measure, floats)
     measured = None
-    for plan in plans(max_drop, truth_of(images.measure, floats)):
+    for plan in [FASTEST] if max_drop is None else writer.int8_plans(model, images, max_drop, truth):
         if measured is not None:
-            what = "sensitive layers" if plan.max_drop is not None else "the residual stream"
-            say(f"int8 loses {measured.drop:.2f} points, {max_drop:g} are allowed; taking {what} back to float ...")
-        writer.write(model, path, metadata, dynamic=dynamic, calibration=images, plan=plan)  # type: ignore[attr-defined]
-        session = open_session(path, device="cpu")
+            say(f"int8 loses {measured.drop:.2f} points, {max_drop:g} are allowed; leaving more of it in float ...")
+        opened = writer.write(model, path, metadata, free=free, calibration=images, plan=plan)
+        if opened is None:
+            return None, None, plan
+        session = open_session(opened, device="cpu", trust=True)
         measured = accuracy(images.measure, floats, logits_of(session, images.measure, "measure the int8 file"))
         if max_drop is None or measured.drop <= max_drop:
-            return measured
+            return opened, measured, plan
     assert measured is not None
     raise AccuracyError(
         f"{path.name} was not written: in int8 it loses {measured.drop:.2f} points of {measured.metric} on "

@@ -18,12 +18,34 @@ def export_form(model: NextViT, *, fixed: bool) -> NextViT:
     need no change of layout at all.
     """
     form = fold(model)
+    form.layout = torch.contiguous_format  # runtimes choose their own
+    form.to(memory_format=form.layout)
     for module in form.modules():
         if isinstance(module, NTB):
             module.e_mhsa = MapEMHSA(module.e_mhsa, fixed=fixed)  # type: ignore[assignment]
         if fixed and isinstance(module, PatchEmbed) and isinstance(module.pool, HalvingPool):
-            module.pool = nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False)  # type: ignore[assignment]
+            module.pool = FixedHalvingPool()  # type: ignore[assignment]
     return form
+
+
+class FixedHalvingPool(nn.Module):
+    """HalvingPool for one size: nothing to pad where the sides are even, which some runtimes need for their kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        odd = any(side % 2 for side in x.shape[2:])
+        return F.avg_pool2d(x, 2, 2, ceil_mode=odd, count_include_pad=False)
+
+
+class InDtype(nn.Module):
+    """A network in another dtype that takes and gives float32."""
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.network, self.dtype = network.to(dtype), dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.network(x.to(self.dtype))
+        return logits.float()
 
 
 class MapEMHSA(nn.Module):
@@ -57,7 +79,7 @@ class MapEMHSA(nn.Module):
         if self.fixed:  # heads stacked over the map: rows of one position lie `height` apart
             stacked = mixed.reshape(batch, self.heads * height, width, self.head_dim).permute(0, 3, 1, 2)
             return F.conv2d(stacked, self.proj.weight, self.proj.bias, dilation=(height, 1))
-        return self.proj(mixed.permute(0, 3, 1, 2)).reshape(x.shape)
+        return self.proj(mixed.permute(0, 3, 1, 2)).squeeze(2).unflatten(2, (height, width))
 
     def split(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, heads, H * W, head_dim)"""

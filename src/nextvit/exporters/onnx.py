@@ -10,11 +10,14 @@ from nextvit.backbone import NextViT
 from nextvit.exporters.calibration import Calibration
 from nextvit.exporters.form import export_form
 from nextvit.exporters.graph import onnx_graph
-from nextvit.exporters.quantization import FASTEST, Plan, quantize
+from nextvit.exporters.quantization import FASTEST, Plan, nncf_plans, quantize
 from nextvit.extras import need
 from nextvit.files import OPEN_SEAL, close_seal
+from nextvit.formats import Free
 from nextvit.metadata import Metadata
 from nextvit.runtime.onnxruntime_session import METADATA_KEY
+
+int8_plans = nncf_plans
 
 
 def write(
@@ -22,21 +25,27 @@ def write(
     path: Path,
     metadata: Metadata,
     *,
-    dynamic: bool,
+    free: Free,
     calibration: Calibration | None = None,
     plan: Plan = FASTEST,
-) -> None:
+) -> Path | None:
     """Write the model to `path` in the precision that `metadata` names."""
-    onnx = need("onnx", extra="onnx")
     graph = onnx_graph(
-        export_form(model, fixed=not dynamic),
+        export_form(model, fixed=not free.sides),
         image_size=metadata.preprocess.image_size,
-        dynamic=dynamic,
+        free=free,
         half=metadata.precision == "fp16",
         extra="onnx",
     )
     if calibration is not None:
         graph = quantize(graph, calibration, _forward, plan)
+    save(graph, path, metadata)
+    return path
+
+
+def save(graph: Any, path: Path, metadata: Metadata) -> None:
+    """Write an onnx.ModelProto with its metadata, sealed."""
+    onnx = need("onnx", extra="onnx")
     onnx.helper.set_model_props(graph, {METADATA_KEY: metadata.to_json(), "sha256": OPEN_SEAL})
     onnx.checker.check_model(graph)
     onnx.save(graph, path)
@@ -48,7 +57,7 @@ def _forward(session: Any, batch: np.ndarray) -> np.ndarray:
     return logits
 
 
-def float_layers(path: Path) -> list[str]:
+def float_layers(path: Path, plan: Plan) -> list[str]:
     """Layers of an int8 file that ONNX Runtime computes in float, by the graph that it makes of it."""
     onnx = need("onnx", extra="onnx")
     ort = need("onnxruntime", extra="onnx")
@@ -60,3 +69,8 @@ def float_layers(path: Path) -> list[str]:
         ort.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
         nodes = onnx.load(options.optimized_model_filepath).graph.node
     return [node.name for node in nodes if node.op_type in ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul")]
+
+
+def not_run() -> str | None:
+    """Why the file cannot be run here."""
+    return None

@@ -10,11 +10,14 @@ from nextvit.backbone import NextViT
 from nextvit.exporters.calibration import Calibration
 from nextvit.exporters.form import export_form
 from nextvit.exporters.graph import onnx_graph
-from nextvit.exporters.quantization import FASTEST, Plan, quantize
+from nextvit.exporters.quantization import FASTEST, Plan, nncf_plans, quantize
 from nextvit.extras import need
 from nextvit.files import OPEN_SEAL, close_seal
+from nextvit.formats import Free
 from nextvit.metadata import Metadata
-from nextvit.runtime.openvino_session import METADATA_KEY
+from nextvit.runtime.openvino_session import METADATA_KEY, insist_on
+
+int8_plans = nncf_plans
 
 
 def write(
@@ -22,10 +25,10 @@ def write(
     path: Path,
     metadata: Metadata,
     *,
-    dynamic: bool,
+    free: Free,
     calibration: Calibration | None = None,
     plan: Plan = FASTEST,
-) -> None:
+) -> Path | None:
     """Write the model to `path` (.xml) and its .bin, in the precision that `metadata` names.
 
     fp16 halves the weights; in what a CPU computes then is the session's choice. bf16 has fp32 weights and is computed
@@ -33,10 +36,12 @@ def write(
     """
     ov = need("openvino", extra="openvino")
     onnx = need("onnx", extra="openvino")
+    if metadata.precision == "bf16":
+        insist_on("bf16")  # else it could not be checked
     graph = onnx_graph(
-        export_form(model, fixed=not dynamic),
+        export_form(model, fixed=not free.sides),
         image_size=metadata.preprocess.image_size,
-        dynamic=dynamic,
+        free=free,
         extra="openvino",
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -50,6 +55,7 @@ def write(
         ir.set_rt_info(OPEN_SEAL, [METADATA_KEY, "sha256"])
         ov.save_model(ir, path, compress_to_fp16=metadata.precision == "fp16")
     close_seal(path)
+    return path
 
 
 def _make_group_weights_constant(ir: Any, ov: Any) -> None:
@@ -70,7 +76,7 @@ def _forward(compiled: Any, batch: np.ndarray) -> np.ndarray:
     return logits
 
 
-def float_layers(path: Path) -> list[str]:
+def float_layers(path: Path, plan: Plan) -> list[str]:
     """Layers of an int8 file that the runtime computes in float, by its own report."""
     kinds = ("Convolution", "GroupConvolution", "FullyConnected", "MatMul")
     return [name for name, kind, kernel in layers_run(path) if kind in kinds and "i8" not in kernel.lower()]
@@ -87,3 +93,8 @@ def layers_run(path: Path) -> list[tuple[str, str, str]]:
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     notes = [(node.get_friendly_name(), node.get_rt_info()) for node in compiled.get_runtime_model().get_ops()]
     return [(name, info["layerType"].astype(str), info["primitiveType"].astype(str)) for name, info in notes]
+
+
+def not_run() -> str | None:
+    """Why the file cannot be run here."""
+    return None

@@ -13,6 +13,7 @@ from nextvit.backbone import NextViT
 from nextvit.data.demo_images import garments
 from nextvit.data.images import normalise, preprocess, read_image
 from nextvit.errors import UserError
+from nextvit.formats import Free
 from nextvit.metadata import Preprocess
 from nextvit.runtime.session import Session, Setup
 
@@ -104,14 +105,14 @@ class Parity:
         return {**asdict(self), **{name: getattr(self, name) for name in totals}}
 
 
-def compare(model: NextViT, session: Session, *, dynamic: bool, precision: str) -> Parity:
-    """Run both on the photographs and garments that ship here; with `dynamic` at another size and other batches too.
+def compare(model: NextViT, session: Session, *, free: Free, precision: str) -> Parity:
+    """Run both on the photographs and garments that ship here; in several batches and at another size where `free`.
 
     precision: of the file; "int8" is given no bound on the differences.
     """
     model = copy.deepcopy(model).eval().cpu().float()
     shapes: dict[tuple[int, ...], tuple[list[np.ndarray], list[np.ndarray]]] = {}
-    for batch in _inputs(session.metadata.preprocess, session.metadata.in_channels, dynamic):
+    for batch in _inputs(session.metadata.preprocess, session.metadata.in_channels, free):
         ours, theirs = shapes.setdefault((batch.shape[0], *batch.shape[2:]), ([], []))
         with torch.inference_mode():
             ours.append(model(torch.from_numpy(batch)).numpy().astype(np.float64))
@@ -164,18 +165,16 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.where(lengths > 0, (a * b).sum(axis=1) / np.maximum(lengths, 1e-300), 1.0)
 
 
-def _inputs(p: Preprocess, channels: int, dynamic: bool) -> Iterator[np.ndarray]:
-    """Batches of real images: all at the model's own size; then, if dynamic, some with unequal, odd sides."""
+def _inputs(p: Preprocess, channels: int, free: Free) -> Iterator[np.ndarray]:
+    """Batches of real images: all at the model's own size; then, with free sides, some with unequal, odd ones."""
     images = real_images()
     full = with_channels(np.stack([preprocess(image, p) for image in images]), channels)
-    if not dynamic:
-        yield from (full[i : i + 1] for i in range(len(full)))
-        return
-    yield from _in_batches(full, (*BATCHES, len(full) - sum(BATCHES)))
-    width, height = p.image_size + 27, p.image_size + 1
-    resized = [image.resize((width, height), Image.Resampling.BICUBIC) for image in images[-sum(BATCHES) :]]
-    other = with_channels(np.stack([normalise(np.asarray(image), p) for image in resized]), channels)
-    yield from _in_batches(other, BATCHES)
+    yield from _in_batches(full, (*BATCHES, len(full) - sum(BATCHES)) if free.batch else [1] * len(full))
+    if free.sides:
+        width, height = p.image_size + 27, p.image_size + 1
+        some = [image.resize((width, height), Image.Resampling.BICUBIC) for image in images[-sum(BATCHES) :]]
+        other = with_channels(np.stack([normalise(np.asarray(image), p) for image in some]), channels)
+        yield from _in_batches(other, BATCHES if free.batch else [1] * len(other))
 
 
 def _in_batches(images: np.ndarray, sizes: Sequence[int]) -> Iterator[np.ndarray]:

@@ -1,15 +1,20 @@
-"""Post-training int8 by NNCF, for graphs of OpenVINO and ONNX, and what it costs in accuracy."""
+"""Post-training int8: by NNCF for graphs of OpenVINO and ONNX; what stays float; and what it costs in accuracy."""
 
 import contextlib
 import logging
+import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
+from nextvit.backbone import NCB, NTB, NextViT
 from nextvit.exporters.calibration import Calibration, Images
+from nextvit.exporters.form import export_form
 from nextvit.exporters.parity import label_agreement
 from nextvit.extras import need
 from nextvit.progress import track
@@ -17,6 +22,7 @@ from nextvit.runtime.session import Session
 
 RESIDUALS = r"stages\.\d+\.blocks\.\d+/Add.*"  # names of the additions that make the residual stream
 RANKED = 64  # images that tell which layers are sensitive
+SHARES = (1 / 8, 1 / 4, 1 / 2)  # of the parts that are left in float, in turn
 
 Forward = Callable[[Any, np.ndarray], np.ndarray]  # a graph as NNCF prepared it, a batch -> logits
 
@@ -28,16 +34,70 @@ class Plan:
     float_residual: bool = False  # the residual stream is not rounded to 8 bits at each addition
     max_drop: float | None = None  # points; the most sensitive layers go back to float until no more are lost
     truth: np.ndarray | None = None  # int (N,): the class of each image to measure that on
+    float_parts: tuple[str, ...] = ()  # modules that stay float: the stem, blocks, the head
 
 
 FASTEST = Plan()
 
 
-def plans(max_drop: float | None, truth: np.ndarray) -> list[Plan]:
-    """What to try in turn, from the fastest to the most accurate."""
-    if max_drop is None:
-        return [FASTEST]
-    return [FASTEST, Plan(float_residual=True), Plan(float_residual=True, max_drop=max_drop, truth=truth)]
+def nncf_plans(model: NextViT, calibration: Calibration, max_drop: float, truth: np.ndarray) -> Iterator[Plan]:
+    """What to try in turn with NNCF, from the fastest to the most accurate."""
+    yield FASTEST
+    yield Plan(float_residual=True)
+    yield Plan(float_residual=True, max_drop=max_drop, truth=truth)
+
+
+def part_plans(model: NextViT, calibration: Calibration, max_drop: float, truth: np.ndarray) -> Iterator[Plan]:
+    """What to try in turn with quantisers that only can leave out: more and more of the sensitive parts stay float."""
+    yield FASTEST
+    ranked = sensitive_parts(model, calibration.calibrate)
+    for share in SHARES:
+        yield Plan(float_parts=tuple(ranked[: math.ceil(share * len(ranked))]))
+
+
+def sensitive_parts(model: NextViT, images: Images) -> list[str]:
+    """Stem, blocks and head; first the one that moves the logits most when it alone is rounded to int8.
+
+    Rounded are weights (a scale a channel) and inputs (one scale) of its convolutions and linear layers.
+    """
+    network = export_form(model, fixed=False).float()
+    parts = {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, NCB | NTB) or name in ("stem", "head")
+    }
+    batch = torch.from_numpy(np.concatenate([image for image, _ in zip(images, range(RANKED), strict=False)]))
+    with torch.inference_mode():
+        exact = network(batch)
+        moved = {}
+        for name, part in track(parts.items(), total=len(parts), label="find the sensitive parts"):
+            with _rounded(part):
+                moved[name] = float((network(batch) - exact).square().mean())
+    return sorted(parts, key=lambda name: -moved[name])
+
+
+@contextlib.contextmanager
+def _rounded(part: nn.Module) -> Iterator[None]:
+    """With weights and inputs of the part's layers rounded to 8 bits."""
+    layers = [layer for layer in part.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    weights = [layer.weight.data for layer in layers]
+
+    def round_input(_: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+        low, high = min(float(inputs[0].min()), 0.0), max(float(inputs[0].max()), 0.0)
+        scale = max(high - low, 1e-12) / 255
+        return torch.fake_quantize_per_tensor_affine(inputs[0], scale, round(-low / scale), 0, 255)
+
+    hooks = [layer.register_forward_pre_hook(round_input) for layer in layers]
+    try:
+        for layer in layers:
+            scales = layer.weight.data.flatten(1).abs().amax(1).clamp(min=1e-12) / 127
+            zeros = torch.zeros(len(scales), dtype=torch.int32)
+            layer.weight.data = torch.fake_quantize_per_channel_affine(layer.weight.data, scales, zeros, 0, -127, 127)
+        yield
+    finally:
+        for layer, weight, hook in zip(layers, weights, hooks, strict=True):
+            layer.weight.data = weight
+            hook.remove()
 
 
 @dataclass(frozen=True)

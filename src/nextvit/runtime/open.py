@@ -7,12 +7,26 @@ from nextvit.backbone import NextViT
 from nextvit.create import create_model, list_models, open_checkpoint
 from nextvit.errors import UserError
 from nextvit.formats import format_of
+from nextvit.runtime.coreml_session import CoreMLSession
+from nextvit.runtime.executorch_session import ExecuTorchSession
 from nextvit.runtime.onnxruntime_session import OnnxRuntimeSession
 from nextvit.runtime.openvino_session import OpenVINOSession
 from nextvit.runtime.session import Session
+from nextvit.runtime.torch_program_session import TorchProgramSession
 from nextvit.runtime.torch_session import TorchSession
 
-EXPORTED: dict[str, Callable[..., Session]] = {"onnx": OnnxRuntimeSession, "openvino": OpenVINOSession}
+EXPORTED: dict[str, Callable[..., Session]] = {
+    "onnx": OnnxRuntimeSession,
+    "openvino": OpenVINOSession,
+    "coreml": CoreMLSession,
+    "executorch": ExecuTorchSession,
+    "torch": TorchProgramSession,
+    "aotinductor": TorchProgramSession,
+}
+ELSEWHERE = {
+    "tensorrt": "engines are run by TensorRT's own tools; nextvit opens the ONNX written beside one, {path}.onnx",
+    "coreai": "nextvit writes Core AI files and does not run them yet; Xcode 27 opens {path}",
+}
 
 
 def open_model(model: str | Path, weights: str | None = None) -> NextViT:
@@ -37,10 +51,11 @@ def open_session(
     device: str = "auto",
     threads: int | None = None,
     precision: str | None = None,
+    trust: bool = False,
 ) -> Session:
     """Open any MODEL on the runtime that its kind asks for: exported files on their own, weights on torch, folded.
 
-    precision: None is fp32; another only where the device computes in it.
+    precision: None is fp32; another only where the device computes in it. trust: open files that are machine code.
     """
     if threads is not None and threads < 1:
         raise UserError(f"threads must be 1 or more, not {threads}.")
@@ -50,6 +65,9 @@ def open_session(
         return TorchSession(open_model(model, weights), device=device, threads=threads, precision=precision)
     if weights is not None:
         raise UserError(f"--weights goes with a variant's name ({', '.join(list_models())}), not with {model}.")
-    if not path.is_file():
+    if fmt.name in ELSEWHERE:
+        raise UserError(f"{ELSEWHERE[fmt.name].format(path=path)}.")
+    if not path.exists():
         raise UserError(f"there is no file {path}; `nextvit export` makes one.")
-    return EXPORTED[fmt.name](path, device=device, threads=threads, precision=precision)
+    only = {"trust": trust} if fmt.name == "aotinductor" else {}
+    return EXPORTED[fmt.name](path, device=device, threads=threads, precision=precision, **only)

@@ -19,6 +19,20 @@ CAPABILITIES = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16"}
 KEPT = 4  # compiled sizes
 
 
+def computed_in() -> list[str]:
+    """Precisions that this CPU has, by OpenVINO's word."""
+    ov = need("openvino", extra="openvino")
+    there = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return [precision for precision, name in CAPABILITIES.items() if name in there]
+
+
+def insist_on(precision: str) -> None:
+    """Raise UserError where this CPU does not compute in it: OpenVINO would, several times slower."""
+    able = computed_in()
+    if precision not in able:
+        raise UserError(f"this CPU does not compute in {precision} under OpenVINO; take one of {', '.join(able)}.")
+
+
 class OpenVINOSession:
     """Runs on the CPU plugin. The precision is always set: left alone, the plugin takes its own (bf16 where it can).
 
@@ -70,17 +84,15 @@ class OpenVINOSession:
     def _precisions(self, asked: str | None) -> tuple[str, str]:
         """The precision of the float layers, and how the whole is shown."""
         own = self.metadata.precision
-        able = [p for p, n in CAPABILITIES.items() if n in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")]
         if own == "int8":
             if asked not in (None, "int8"):
                 raise UserError(f"this file is int8 and does not compute in {asked}; leave --precision out.")
             return "fp32", "int8"
-        chosen = asked or own
-        if chosen in able:
-            return chosen, chosen
-        if asked is None and own == "fp16":
+        if asked is None and own == "fp16" and own not in computed_in():
             return "fp32", "fp32"
-        raise UserError(f"this CPU does not compute in {chosen} under OpenVINO; take one of {', '.join(able)}.")
+        chosen = asked or own
+        insist_on(chosen)
+        return chosen, chosen
 
     def _request(self, shape: tuple[int, ...]) -> Any:
         shape = shape if self._free else ()

@@ -104,11 +104,17 @@ class Predictor:
 
 
 def load(
-    path: str | os.PathLike[str], *, device: str = "auto", threads: int | None = None, precision: str | None = None
+    path: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    precision: str | None = None,
+    trust: bool = False,
 ) -> Predictor:
     """Open any checkpoint or exported file as a predictor.
 
     device: "auto", "cpu", "cuda", ... threads: of the CPU runtime; None: its own choice. precision: "fp32" (also None),
-    "bf16" or "fp16", where the device computes in it. Raises UserError for a file that is missing or damaged.
+    "bf16" or "fp16", where the device computes in it. trust: open an AOTInductor package, which is machine code, too.
+    Raises UserError for a file that is missing or damaged.
     """
-    return Predictor(open_session(os.fspath(path), device=device, threads=threads, precision=precision))
+    return Predictor(open_session(os.fspath(path), device=device, threads=threads, precision=precision, trust=trust))

@@ -1,0 +1,94 @@
+"""A torch.export program of a model, and its quantisation by PT2E: what the formats around torch are made of."""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nextvit.errors import UserError
+from nextvit.exporters.calibration import Calibration
+from nextvit.extras import need
+from nextvit.formats import Free
+from nextvit.progress import track
+
+LARGEST = {"batch": 64, "side": 4096}  # of what stays open, where the format has to know
+
+
+def torch_program(
+    network: nn.Module, shape: tuple[int, int, int, int], free: Free, largest: dict[str, int] = LARGEST
+) -> torch.export.ExportedProgram:
+    """The program of a network with one input (B, C, H, W), which has `shape` where it is not free.
+
+    torch proves free sides from 64 pixels up: below, maps inside have one pixel, which it takes for a constant. (An
+    ONNX graph made of the program holds from 32: tests/test_export.py.)
+    """
+    batch, channels, height, width = shape
+    dims: dict[int, Any] = {}
+    if free.batch:  # an example of one, or of equal sides, can be taken for a constant
+        batch, dims[0] = 2, torch.export.Dim("batch", min=1, max=largest["batch"])
+    if free.sides:
+        height, width = 96, 128
+        dims[2], dims[3] = (torch.export.Dim(name, min=64, max=largest["side"]) for name in ("height", "width"))
+    example = torch.zeros(batch, channels, height, width)
+    with quiet():
+        return torch.export.export(network, (example,), dynamic_shapes=(dims,) if dims else None)
+
+
+def quantized_network(
+    network: nn.Module,
+    shape: tuple[int, int, int, int],
+    free: Free,
+    largest: dict[str, int],
+    quantizer: Any,
+    calibration: Calibration,
+) -> nn.Module:
+    """The network with the rounding of `quantizer` in it, its ranges taken from the images to calibrate on."""
+    pt2e = need("torchao.quantization.pt2e.quantize_pt2e", extra="executorch")
+    with quiet():
+        prepared = pt2e.prepare_pt2e(torch_program(network, shape, free, largest).module(), quantizer)
+    with torch.no_grad():
+        for image in track(calibration.calibrate, total=len(calibration.calibrate), label="calibrate"):
+            prepared(torch.from_numpy(image))
+    with quiet():
+        return pt2e.convert_pt2e(prepared)
+
+
+class Normalised(nn.Module):
+    """A network that takes pixels in 0..255 instead of what preprocessing makes of them."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", 255 * torch.tensor(std).view(1, -1, 1, 1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.network((image - self.mean) / self.std)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the converters' own remarks, which tell a user nothing that can be acted on."""
+    unread = io.StringIO()
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(unread), contextlib.redirect_stderr(unread):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def refuse(format_name: str, error: Exception) -> UserError:
+    """One sentence for a converter that cannot take the model: which operator and why, in its own words."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return UserError(f"{format_name} cannot take this model: {lines[0] if lines else type(error).__name__}")

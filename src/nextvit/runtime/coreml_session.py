@@ -1,0 +1,64 @@
+"""A CoreML package on macOS."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from nextvit.errors import UserError
+from nextvit.extras import need, version
+from nextvit.files import check_seal
+from nextvit.metadata import Metadata, Preprocess
+from nextvit.runtime.session import Setup
+
+METADATA_KEY = "nextvit"
+UNITS = {"auto": "ALL", "cpu": "CPU_ONLY", "gpu": "CPU_AND_GPU", "ane": "CPU_AND_NE"}
+
+
+def not_here() -> str | None:
+    """Why CoreML files cannot be run on this machine."""
+    return None if sys.platform == "darwin" else "needs macOS"
+
+
+class CoreMLSession:
+    """Runs on the compute units that `device` names: auto (all), cpu, gpu or ane (the Neural Engine)."""
+
+    fixed_batch: int | None = 1
+
+    def __init__(self, path: Path, *, device: str, threads: int | None, precision: str | None):
+        if not_here() is not None:
+            raise UserError(f"{path} needs macOS to run; here it can only be written.")
+        ct = need("coremltools", extra="coreml")
+        if device not in UNITS:
+            raise UserError(f"CoreML has no device {device!r}; take one of {', '.join(UNITS)}.")
+        if not check_seal(path):
+            raise UserError(
+                f"{path} has no nextvit metadata, so its preprocessing is unknown; make it with `nextvit export`."
+            )
+        try:
+            self._model = ct.models.MLModel(str(path), compute_units=getattr(ct.ComputeUnit, UNITS[device]))
+            notes = self._model.user_defined_metadata[METADATA_KEY]
+        except (RuntimeError, KeyError) as error:
+            raise UserError(f"{path} cannot be opened by CoreML; export it again.") from error
+        self.metadata = Metadata.from_json(notes, str(path))
+        own = self.metadata.precision
+        if precision not in (None, own):
+            raise UserError(f"CoreML computes this file in {own}, not in {precision}; leave --precision out.")
+        self.setup = Setup(f"coreml, coremltools {version('coremltools')}", UNITS[device].lower(), own, threads or 0)
+
+    def __call__(self, batch: np.ndarray) -> np.ndarray:
+        answers = []
+        for image in batch:
+            given = image[None]
+            if self.metadata.in_channels == 3:
+                given = Image.fromarray(pixels(image, self.metadata.preprocess))
+            answers.append(self._model.predict({"image": given})["logits"])
+        return np.concatenate(answers).astype(np.float32)
+
+
+def pixels(image: np.ndarray, preprocess: Preprocess) -> np.ndarray:
+    """float32 (3, H, W), normalised -> uint8 (H, W, 3): what preprocessing had before it normalised."""
+    mean, std = (np.array(values, np.float32)[:, None, None] for values in (preprocess.mean, preprocess.std))
+    values: np.ndarray = np.rint((image * std + mean) * 255).clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
+    return values

@@ -1,0 +1,78 @@
+"""An ExecuTorch file on ExecuTorch's own Python runtime."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nextvit.devices import cpu_count
+from nextvit.errors import UserError
+from nextvit.extras import need, version
+from nextvit.files import check_seal
+from nextvit.metadata import Metadata
+from nextvit.runtime.session import Setup
+
+METADATA_METHOD, SEAL_METHOD = "nextvit", "sha256"
+LARGEST_BATCH = 8  # of a file with a free batch; larger ones are run in parts
+
+
+class ExecuTorchSession:
+    """Runs on XNNPACK. The threads are the process's: the last session that was opened sets them for all."""
+
+    def __init__(self, path: Path, *, device: str, threads: int | None, precision: str | None):
+        runtime = need("executorch.runtime", extra="executorch")
+        bindings = need("executorch.extension.pybindings._C", extra="executorch")
+        if device not in ("auto", "cpu"):
+            raise UserError(f"ExecuTorch files run on the CPU here, not on {device!r}; leave --device out.")
+        if not check_seal(path):
+            raise UserError(
+                f"{path} has no nextvit metadata, so its preprocessing is unknown; make it with `nextvit export`."
+            )
+        try:
+            with _silent_start():
+                bindings._unsafe_reset_threadpool(threads or cpu_count())
+                program = runtime.Runtime.get().load_program(path)
+                notes = program.load_method(METADATA_METHOD).execute([])[0]
+                self._method = program.load_method("forward")
+                self._program = program  # the method lives in its memory
+        except RuntimeError as error:
+            raise UserError(
+                f"{path} cannot be opened by ExecuTorch {version('executorch')}; export it again."
+            ) from error
+        self.metadata = Metadata.from_json(notes, str(path))
+        own = self.metadata.precision
+        if precision not in (None, own):
+            raise UserError(f"ExecuTorch computes this file in {own}, not in {precision}; leave --precision out.")
+        shape = self._method.metadata.input_tensor_meta(0).sizes()
+        self.fixed_batch = 1 if shape[0] == 1 else None
+        self._largest = tuple(shape[2:])
+        used = bindings._threadpool_get_thread_count()
+        self.setup = Setup(f"executorch {version('executorch')}, xnnpack", "cpu", own, used)
+
+    def __call__(self, batch: np.ndarray) -> np.ndarray:
+        if any(side > most for side, most in zip(batch.shape[2:], self._largest, strict=True)):
+            raise UserError(
+                f"this file takes up to {self._largest[0]} x {self._largest[1]} pixels, not {batch.shape[2]} x "
+                f"{batch.shape[3]}; export it for a larger --image-size."
+            )
+        parts = [batch[start : start + LARGEST_BATCH] for start in range(0, len(batch), LARGEST_BATCH)]
+        tensors = [torch.from_numpy(np.ascontiguousarray(part)) for part in parts]
+        return np.concatenate([self._method.execute([tensor])[0].numpy().copy() for tensor in tensors])
+
+
+@contextmanager
+def _silent_start() -> Iterator[None]:
+    """Without what the thread pool writes past Python when it first looks at the CPU."""
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)

@@ -1,0 +1,375 @@
+"""Formats beside ONNX and OpenVINO: written whole, run where they can be, and not said to be right where not."""
+
+import io
+import json
+import pickle
+import re
+import subprocess
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import nextvit
+from nextvit.errors import MissingExtra, ParityError, UserError
+from nextvit.exporters import quantization
+from nextvit.exporters.parity import real_images
+from nextvit.files import OPEN_SEAL, check_seal, close_seal, parts
+from nextvit.formats import FORMATS, format_of
+from nextvit.runtime.coreml_session import not_here, pixels
+from nextvit.runtime.open import open_session
+from nextvit.runtime.torch_program_session import METADATA_ENTRY
+from tests.conftest import fill, nextvit_here
+
+OTHERS = [".pt2", ".pte", ".mlpackage", ".aimodel", ".engine"]
+OPENED = {".engine": ".engine.onnx"}  # what nextvit opens of a format that is more than one file
+
+
+@pytest.fixture(scope="module")
+def model():
+    return fill(nextvit.create_model("nextvit_nano", num_classes=5))
+
+
+@pytest.fixture(scope="module", params=OTHERS)
+def written(request, model, tmp_path_factory):
+    """A file of one size, 64 pixels, which is soon made."""
+    path = tmp_path_factory.mktemp("format") / f"m{request.param}"
+    precision = "fp16" if request.param in (".mlpackage", ".engine") else "fp32"
+    return path, nextvit.export(model, path, image_size=64, dynamic=False, precision=precision)
+
+
+def test_the_report_claims_what_was_run_and_nothing_else(written):
+    path, report = written
+    assert report.format == format_of(path).name
+    if report.parity is None:
+        assert report.not_run.startswith("needs macOS")
+    else:
+        assert report.parity.ok
+        assert report.parity.live
+        assert report.parity.top1_agreement == 100
+    assert (report.not_run is None) == (path.suffix in (".pt2", ".pte"))
+    left = {file.name for file in path.parent.iterdir()}
+    assert left == {".engine": {"m.engine.onnx", "m.engine.sh", "m.engine.json"}}.get(
+        path.suffix, {path.name, f"{path.name}.json"}
+    )
+    size = sum(f.stat().st_size for f in path.parent.rglob("*") if f.is_file() and f.name != f"{path.name}.json")
+    assert report.bytes == pytest.approx(size, rel=0.001)
+    assert json.loads((path.parent / f"{path.name}.json").read_text())["not_run"] == report.not_run
+
+
+def test_what_can_be_run_answers_as_the_model_does(written, model):
+    path, report = written
+    if report.parity is None:
+        with pytest.raises(UserError, match=r"needs macOS|does not run them yet"):
+            nextvit.load(path)
+        return
+    predictor = nextvit.load(path.with_name(f"m{OPENED.get(path.suffix, path.suffix)}"), threads=1)
+    assert predictor.session.setup.threads == 1
+    assert predictor.metadata.preprocess.image_size == 64
+    batch = np.random.default_rng(0).standard_normal((3, 3, 64, 64), dtype=np.float32)  # the file takes one at a time
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(batch)).numpy()
+    bound = 1e-4 if report.precision == "fp32" else 2e-2
+    assert np.abs(predictor.run(batch) - expected).max() < bound * np.abs(expected).max()
+    with pytest.raises(Exception, match=r"(?i)dimension|shape|size|pixels|input of"):
+        predictor.run(np.zeros((1, 3, 160, 128), np.float32))
+    with pytest.raises(UserError, match=r"leave --precision out|needs"):
+        nextvit.load(path.with_name(f"m{OPENED.get(path.suffix, path.suffix)}"), precision="bf16")
+
+
+def test_a_flipped_bit_is_found_in_every_part(written):
+    path, _ = written
+    path = path.with_name(f"m{OPENED.get(path.suffix, path.suffix)}")
+    assert check_seal(path)
+    for part in parts(path):
+        good = part.read_bytes()
+        for place in np.linspace(0, len(good) - 1, 12).astype(int):
+            bad = bytearray(good)
+            bad[place] ^= 1 << (place % 8)
+            part.write_bytes(bad)
+            assert not _whole(path)
+        part.write_bytes(good)
+    assert _whole(path)
+
+
+def _whole(path):
+    try:
+        return check_seal(path)
+    except UserError:
+        return False
+
+
+def test_a_folder_of_an_older_export_is_replaced_whole_or_left(model, tmp_path, monkeypatch):
+    from nextvit.exporters import coreai
+
+    path = tmp_path / "m.aimodel"
+    path.mkdir()
+    (path / "old").write_text("an older export")
+
+    def broken(*_, **__):
+        raise ParityError("as if it answered otherwise")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(coreai, "close_seal", broken)
+        with pytest.raises(ParityError):
+            nextvit.export(model, path, image_size=64, dynamic=False)
+    assert [file.name for file in tmp_path.rglob("*")] == ["m.aimodel", "old"]
+    nextvit.export(model, path, image_size=64, dynamic=False)
+    assert not (path / "old").exists()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["m.aimodel", "m.aimodel.json"]
+
+
+def test_a_coreml_package_takes_an_image_and_gives_a_label(tmp_path):
+    import coremltools
+
+    model = fill(nextvit.create_model("nextvit_nano", num_classes=3))
+    model.metadata = replace(model.metadata, labels=("crane", "dog", "crane"))
+    nextvit.export(model, tmp_path / "m.mlpackage", image_size=64, precision="fp16")
+    described = coremltools.utils.load_spec(str(tmp_path / "m.mlpackage")).description
+    (image,) = described.input
+    assert coremltools.proto.FeatureTypes_pb2.ImageFeatureType.ColorSpace.Name(image.type.imageType.colorSpace) == "RGB"
+    assert image.type.imageType.imageSizeRange.widthRange.upperBound == 2048
+    assert {output.name for output in described.output} == {"label", "label_probs", "logits"}
+    assert described.predictedFeatureName == "label"
+    package = coremltools.models.MLModel(str(tmp_path / "m.mlpackage"), skip_model_load=True)
+    program = package.get_spec().mlProgram.functions["main"]
+    operations = {op.type for block in program.block_specializations.values() for op in block.operations}
+    assert {"conv", "softmax", "classify"} <= operations
+    assert not {"batch_norm", "layer_norm"} & operations
+    labels = str(program)
+    assert all(name in labels for name in ("crane (0)", "dog", "crane (2)")), "a dictionary needs different names"
+
+
+def test_pixels_of_a_prepared_image_are_those_that_it_was_made_of(model):
+    from nextvit.data.images import normalise
+
+    image = np.random.default_rng(0).integers(0, 256, (32, 40, 3), np.uint8)
+    p = model.metadata.preprocess
+    assert np.array_equal(pixels(normalise(image, p), p), image)
+
+
+def test_the_command_that_builds_an_engine_is_written_out(tmp_path, model):
+    report = nextvit.export(model, tmp_path / "it's.engine", image_size=64, precision="fp16")
+    assert report.not_run == "needs TensorRT: there is no trtexec here"
+    assert report.parity.setup.runtime.startswith("onnxruntime")
+    script = tmp_path / "it's.engine.sh"
+    assert subprocess.run(["sh", "-n", script]).returncode == 0
+    (tmp_path / "trtexec").write_text('#!/bin/sh\nfor word; do printf "%s\\n" "$word"; done\n')
+    (tmp_path / "trtexec").chmod(0o755)
+    told = subprocess.run(["sh", script], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, text=True)
+    assert told.stdout.splitlines() == [
+        "--onnx=it's.engine.onnx",
+        "--saveEngine=it's.engine",
+        "--stronglyTyped",
+        "--minShapes=image:1x3x32x32",
+        "--optShapes=image:8x3x64x64",
+        "--maxShapes=image:32x3x128x128",
+    ]
+    with pytest.raises(UserError, match=r"opens the ONNX written beside one, .*it's\.engine\.onnx"):
+        nextvit.load(tmp_path / "it's.engine")
+    assert nextvit.load(tmp_path / "it's.engine.onnx").metadata.precision == "fp16"
+
+
+@pytest.mark.slow
+def test_int8_for_tensorrt_is_signed_and_symmetric(tmp_path, model):
+    import onnx
+
+    images = [image.rotate(90 * turn) for turn in range(3) for image in real_images()]
+    path = tmp_path / "m.engine"
+    report = nextvit.export(model, path, image_size=64, precision="int8", calibration=images, max_drop=None)
+    assert report.accuracy.metric == "agreement"
+    graph = onnx.load(f"{path}.onnx").graph
+    zeros = {node.input[2] for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")}
+    values = [onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer if tensor.name in zeros]
+    assert values
+    assert all(value.dtype == np.int8 and not value.any() for value in values)
+
+
+def test_the_part_that_suffers_most_is_found():
+    model = fill(nextvit.create_model("nextvit_nano", num_classes=5))
+    victim = "stages.2.blocks.1"
+    model.get_submodule(victim).mlp.fc1.weight.data[:, 0] *= 300  # one column sets the scales of all
+
+    class Sample(list):
+        pass
+
+    images = Sample(np.random.default_rng(0).standard_normal((4, 1, 3, 64, 64), dtype=np.float32))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    ranked = quantization.sensitive_parts(model, images)
+    assert ranked[0] == victim
+    assert set(ranked) >= {"stem", "head", "stages.3.blocks.1"}
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("ending", "module", "extra"),
+    [
+        (".onnx", "onnxslim", "onnx"),
+        (".xml", "openvino", "openvino"),
+        (".pte", "executorch.exir", "executorch"),
+        (".mlpackage", "coremltools", "coreml"),
+        (".aimodel", "coreai_torch", "coreai"),
+        (".engine", "onnxslim", "tensorrt"),
+    ],
+)
+def test_a_format_whose_library_is_missing_is_refused_before_any_work(
+    ending, module, extra, model, tmp_path, monkeypatch
+):
+    import sys
+
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingExtra, match=re.escape(f'pip install "nextvit[{extra}]"')):
+        nextvit.export(model, tmp_path / f"m{ending}")
+    assert not list(tmp_path.iterdir())
+    assert any(fmt.extra == extra for fmt in FORMATS)
+
+
+def test_sides_below_64_are_fixed_and_the_report_says_so(model, tmp_path):
+    report = nextvit.export(model, tmp_path / "m.pt2", image_size=32)
+    assert report.notes == ("the sides are fixed: torch leaves them open from 64 pixels up only",)
+    assert {(row.height, row.width) for row in report.parity.rows} == {(32, 32)}
+    assert {row.batch for row in report.parity.rows} >= {1, 2, 5}, "the batch is open all the same"
+
+
+# ---- a .pt2 is read as torch reads it only when there is nothing in it to run ---------------------------------------
+
+
+class Hostile:
+    def __init__(self, canary: Path):
+        self.canary = canary
+
+    def __reduce__(self):
+        return (Path.touch, (self.canary,))
+
+
+def _code(canary: Path) -> str:
+    return f"__import__('pathlib').Path({str(canary)!r}).touch() or 1"
+
+
+def _edit(entries, edit):
+    """Change the program's JSON."""
+    name = next(name for name in entries if name.endswith("models/model.json"))
+    tree = json.loads(entries[name])
+    edit(tree)
+    entries[name] = json.dumps(tree).encode()
+
+
+def _first(tree, key):
+    if isinstance(tree, dict):
+        if isinstance(tree.get(key), str):
+            return tree
+        return next(filter(None, (_first(value, key) for value in tree.values())), None)
+    if isinstance(tree, list):
+        return next(filter(None, (_first(value, key) for value in tree)), None)
+    return None
+
+
+def _guard(entries, root, canary):
+    _edit(entries, lambda tree: tree["guards_code"].append(_code(canary)))
+
+
+def _size(entries, root, canary):
+    _edit(entries, lambda tree: _first(tree, "expr_str").update(expr_str=_code(canary)))
+
+
+def _operator(entries, root, canary):
+    _edit(entries, lambda tree: _first(tree["graph_module"]["graph"], "target").update(target="torch.hub.load"))
+
+
+def _examples(entries, root, canary):
+    buffer = io.BytesIO()
+    torch.save(Hostile(canary), buffer)
+    entries[f"{root}/data/sample_inputs/model.pt"] = buffer.getvalue()
+
+
+def _constant(entries, root, canary):
+    entries[f"{root}/data/constants/tensor_0"] = pickle.dumps(Hostile(canary))
+    config = {"config": {"c": {"path_name": "tensor_0", "is_param": False, "use_pickle": True, "tensor_meta": None}}}
+    entries[f"{root}/data/constants/model_constants_config.json"] = json.dumps(config).encode()
+
+
+def _library(entries, root, canary):
+    entries[f"{root}/data/aotinductor/model/model.wrapper.so"] = b"\x7fELF"
+
+
+def _script(entries, root, canary):
+    entries[f"{root}/data/constants/custom_obj_0"] = pickle.dumps(Hostile(canary))
+
+
+@pytest.fixture(scope="module")
+def free_program(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("program") / "m.pt2"
+    assert nextvit.export(model, path, image_size=64).parity.ok
+    return path
+
+
+@pytest.mark.parametrize("attack", [_guard, _size, _operator, _examples, _constant, _library, _script])
+def test_a_program_with_something_to_run_in_it_is_refused_and_nothing_runs(attack, free_program, tmp_path):
+    canary, path = tmp_path / "canary", tmp_path / "m.pt2"
+    with zipfile.ZipFile(free_program) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    root = next(iter(entries)).partition("/")[0]
+    attack(entries, root, canary)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data)
+        archive.comment = OPEN_SEAL.encode()
+    close_seal(path)  # a seal proves that nothing was changed, not who made it
+    with pytest.raises(UserError, match="was not opened"):
+        nextvit.load(path)
+    assert not canary.exists()
+    done = nextvit_here("info", path)
+    assert (done.returncode, "was not opened" in done.stderr) == (2, True)
+
+
+def test_machine_code_is_opened_only_for_one_who_trusts_it(free_program, tmp_path):
+    path = tmp_path / "m.aoti.pt2"
+    path.write_bytes(free_program.read_bytes())
+    assert format_of(path).name == "aotinductor"
+    with pytest.raises(UserError, match="opening it runs it as a program"):
+        nextvit.load(path)
+    done = nextvit_here("predict", path, tmp_path)
+    assert done.returncode == 2
+    with zipfile.ZipFile(path) as archive:
+        assert any(name.endswith(METADATA_ENTRY) for name in archive.namelist())
+
+
+# ---- all of it at full size -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("ending", [*OTHERS, ".aoti.pt2", ".onnx", ".xml"])
+@pytest.mark.parametrize("name", ["nextvit_nano", "nextvit_small"])
+def test_every_format_takes_the_variants_with_free_and_with_fixed_sizes(name, ending, dynamic, tmp_path):
+    network = fill(nextvit.create_model(name))
+    report = nextvit.export(network, tmp_path / f"m{ending}", dynamic=dynamic)
+    if report.parity is None:
+        assert report.not_run
+        return
+    assert report.parity.ok
+    sizes = {(row.height, row.width) for row in report.parity.rows}
+    assert len(sizes) == (2 if dynamic else 1)
+    session = open_session(tmp_path / f"m{OPENED.get(ending, ending)}", trust=True)
+    batch = np.random.default_rng(0).standard_normal((1, 3, 224, 224), dtype=np.float32)
+    with torch.inference_mode():
+        expected = network(torch.from_numpy(batch)).numpy()
+    assert np.abs(session(batch) - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", [".pte", ".mlpackage"])
+def test_int8_by_pt2e_is_small_and_keeps_the_answers(ending, model, tmp_path):
+    images = [image.rotate(90 * turn) for turn in range(3) for image in real_images()]
+    path = tmp_path / f"m{ending}"
+    report = nextvit.export(model, path, image_size=64, precision="int8", calibration=images, dynamic=False)
+    assert report.bytes < 0.4 * 4 * sum(p.numel() for p in model.parameters())
+    if ending == ".pte":
+        assert report.accuracy.agreement >= 90
+        assert report.float_layers == ()
+    else:
+        assert report.accuracy is None
+        assert report.not_run == not_here()
