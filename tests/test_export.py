@@ -1,6 +1,5 @@
 """Exported files answer as the model does, at sizes and batches that were not traced, or are not written."""
 
-import importlib
 import json
 import os
 import re
@@ -12,6 +11,7 @@ import torch
 
 import nextvit
 from nextvit.errors import ParityError, UserError
+from nextvit.exporters import export as exporting
 from nextvit.runtime.open import open_session
 from tests.conftest import fill, nextvit_here
 from tests.conftest import nextvit as run
@@ -109,8 +109,7 @@ def test_other_input_channels_export(channels, tmp_path):
 def test_a_file_that_answers_otherwise_is_not_kept(ending, tmp_path, monkeypatch):
     """One weight is moved before writing, as a faulty converter would."""
     model = fill(nextvit.create_model("nextvit_nano", num_classes=4))
-    writer = importlib.import_module({".onnx": "nextvit.exporters.onnx", ".xml": "nextvit.exporters.openvino"}[ending])
-    honest = writer.export_form
+    honest = exporting.export_form
 
     def faulty(network, *, fixed):
         form = honest(network, fixed=fixed)
@@ -119,11 +118,32 @@ def test_a_file_that_answers_otherwise_is_not_kept(ending, tmp_path, monkeypatch
 
     path = tmp_path / f"m{ending}"
     path.write_bytes(b"an older export")
-    monkeypatch.setattr(writer, "export_form", faulty)
+    monkeypatch.setattr(exporting, "export_form", faulty)
     with pytest.raises(ParityError, match="was not written: its outputs differ"):
         nextvit.export(model, path)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     assert path.read_bytes() == b"an older export"
+
+
+def test_stages_show_where_a_file_goes_wrong(tmp_path, monkeypatch):
+    model = fill(nextvit.create_model("nextvit_nano", num_classes=4))
+    options = {"image_size": 64, "dynamic": False, "stages": True}
+    report = nextvit.export(model, tmp_path / "m.onnx", **options)
+    assert [stage.name for stage in report.stages] == ["stem", "stage 1", "stage 2", "stage 3", "stage 4", "logits"]
+    assert all(stage.relative < 1e-5 and stage.cosine > 0.99999 for stage in report.stages)
+    honest = exporting.export_form
+
+    def faulty(network, *, fixed):
+        form = honest(network, fixed=fixed)
+        form.stages[2].blocks[0].mlp.fc1.weight.data *= 1.5
+        return form
+
+    monkeypatch.setattr(exporting, "export_form", faulty)
+    with pytest.raises(ParityError, match="relative difference after each stage") as caught:
+        nextvit.export(model, tmp_path / "bad.onnx", **options)
+    after = dict(re.findall(r"(stem|stage \d|logits) ([\d.e+-]+\d)", str(caught.value)))
+    assert max(float(after[name]) for name in ("stem", "stage 1", "stage 2")) < 1e-5
+    assert min(float(after[name]) for name in ("stage 3", "stage 4")) > 1e-4
 
 
 @pytest.mark.parametrize("ending", ENDINGS)

@@ -298,6 +298,9 @@ def export(
     static: Annotated[
         bool, typer.Option("--static", help="Fix batch 1 and the image size; else all three stay free.")
     ] = False,
+    stages: Annotated[
+        bool, typer.Option("--stages", help="Compare what each stage gives too, to find where a file goes wrong.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -322,6 +325,7 @@ def export(
         calibration=calibration,
         max_drop=None if force else max_drop,
         dynamic=not static,
+        stages=stages,
     )
     _show(report.to_dict(), as_json, export_lines(report))
 

@@ -91,6 +91,17 @@ def export_lines(report: ExportReport) -> list[str]:
     """What an export came to, for a terminal."""
     head = f"{report.path} ({report.bytes / 1e6:.1f} MB, {report.seconds:.0f} s)"
     lines = [head] if report.parity is None else _parity_lines(head, report.parity)
+    if report.stages:
+        rows = [
+            {
+                "after": stage.name,
+                "largest difference": f"{stage.max_abs:.1e}",
+                "relative": f"{stage.relative:.1e}",
+                "cosine": f"{stage.cosine:.6f}",
+            }
+            for stage in report.stages
+        ]
+        lines += [f"  {line}" for line in table(rows)]
     if report.not_run is not None:
         lines.append(f"  not run: {report.not_run}")
     if report.accuracy is not None:

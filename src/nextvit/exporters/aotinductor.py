@@ -4,8 +4,8 @@ import shutil
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from nextvit.backbone import NextViT
 from nextvit.errors import UserError
 from nextvit.exporters.calibration import Calibration
 from nextvit.exporters.program import quiet, refuse
@@ -18,7 +18,7 @@ __all__ = ["not_run", "write"]
 
 
 def write(
-    model: NextViT,
+    form: nn.Module,
     path: Path,
     metadata: Metadata,
     *,
@@ -26,12 +26,12 @@ def write(
     calibration: Calibration | None = None,
     plan: Plan = FASTEST,
 ) -> Path | None:
-    """Compile the model, in the precision that `metadata` names, to `path`. Takes minutes, and a C++ compiler."""
+    """Compile an export form, in the precision that `metadata` names, to `path`. Takes minutes, and a C++ compiler."""
     if not any(shutil.which(name) for name in ("g++", "clang++", "cl")):
         raise UserError("AOTInductor compiles C++, and there is no compiler here; install g++ or clang++.")
     with quiet():
         try:
-            torch._inductor.aoti_compile_and_package(program(model, metadata, free), package_path=str(path))
+            torch._inductor.aoti_compile_and_package(program(form, metadata, free), package_path=str(path))
         except RuntimeError as error:
             raise refuse("aotinductor", error) from error
     add_metadata(path, metadata)

@@ -5,9 +5,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nextvit.backbone import NextViT
 from nextvit.exporters.calibration import Calibration
-from nextvit.exporters.form import InDtype, export_form
+from nextvit.exporters.form import InDtype
 from nextvit.exporters.program import quiet, refuse, torch_program
 from nextvit.exporters.quantization import FASTEST, Plan
 from nextvit.extras import need
@@ -17,7 +16,7 @@ from nextvit.metadata import Metadata
 
 
 def write(
-    model: NextViT,
+    form: nn.Module,
     path: Path,
     metadata: Metadata,
     *,
@@ -30,7 +29,6 @@ def write(
         coreai = need("coreai_torch", extra="coreai")
         runtime = need("coreai.runtime", extra="coreai")
     side = metadata.preprocess.image_size
-    form: nn.Module = export_form(model, fixed=not free.sides).cpu().float()
     network = InDtype(form, torch.float16) if metadata.precision == "fp16" else form
     program = torch_program(network, (1, metadata.in_channels, side, side), free)
     try:

@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nextvit.backbone import NextViT
 from nextvit.exporters.calibration import Calibration
-from nextvit.exporters.form import export_form
 from nextvit.exporters.program import Normalised, quantized_network, quiet, refuse, torch_program
 from nextvit.exporters.quantization import FASTEST, Plan, part_plans
 from nextvit.extras import need
@@ -23,7 +21,7 @@ SMALLEST, LARGEST = 64, 2048  # of free sides, pixels
 
 
 def write(
-    model: NextViT,
+    form: nn.Module,
     path: Path,
     metadata: Metadata,
     *,
@@ -41,7 +39,7 @@ def write(
         ct = need("coremltools", extra="coreml")
     side, channels = metadata.preprocess.image_size, metadata.in_channels
     shape = (1, channels, side, side)
-    network: nn.Module = export_form(model, fixed=not free.sides).cpu().float()
+    network = form
     largest = {"batch": 1, "side": LARGEST}
     if calibration is not None:
         network = quantized_network(network, shape, free, largest, _quantizer(plan), calibration)

@@ -3,11 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
-from nextvit.backbone import NextViT
 from nextvit.exporters.calibration import Calibration
-from nextvit.exporters.form import export_form
 from nextvit.exporters.program import quantized_network, quiet, refuse, torch_program
 from nextvit.exporters.quantization import FASTEST, Plan, part_plans
 from nextvit.extras import need
@@ -20,7 +18,7 @@ int8_plans = part_plans
 
 
 def write(
-    model: NextViT,
+    form: nn.Module,
     path: Path,
     metadata: Metadata,
     *,
@@ -28,19 +26,21 @@ def write(
     calibration: Calibration | None = None,
     plan: Plan = FASTEST,
 ) -> Path | None:
-    """Write the model to `path`. Free sides go up to twice the model's own size: memory for them is planned now."""
+    """Write the export form of a model to `path`.
+
+    Free sides go up to twice the model's own size: the memory for them is planned now.
+    """
     exir = need("executorch.exir", extra="executorch")
     partitioner = need("executorch.backends.xnnpack.partition.xnnpack_partitioner", extra="executorch")
     side = metadata.preprocess.image_size
     shape = (1, metadata.in_channels, side, side)
     largest = {"batch": LARGEST_BATCH, "side": 2 * side}
-    network: Any = export_form(model, fixed=not free.sides).cpu().float()
     if calibration is not None:
-        network = quantized_network(network, shape, free, largest, _quantizer(plan), calibration)
+        form = quantized_network(form, shape, free, largest, _quantizer(plan), calibration)
     try:
         with quiet():
             lowered = exir.to_edge_transform_and_lower(
-                torch_program(network, shape, free, largest),
+                torch_program(form, shape, free, largest),
                 partitioner=[partitioner.XnnpackPartitioner()],
                 constant_methods={METADATA_METHOD: metadata.to_json(), SEAL_METHOD: OPEN_SEAL},
             ).to_executorch()

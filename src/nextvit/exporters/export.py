@@ -2,22 +2,26 @@
 
 import json
 import os
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
+from torch import nn
+
 from nextvit import __version__
 from nextvit.backbone import NextViT
 from nextvit.data.images import ImageSource
 from nextvit.errors import AccuracyError, ParityError, UserError
 from nextvit.exporters.calibration import Calibration, read_calibration
-from nextvit.exporters.parity import Parity, compare
+from nextvit.exporters.form import StageOutputs, export_form
+from nextvit.exporters.parity import Parity, StageComparison, compare, compare_stages
 from nextvit.exporters.quantization import FASTEST, Accuracy, Plan, accuracy, logits_of, truth_of
 from nextvit.extras import need
 from nextvit.files import replacing
-from nextvit.formats import FORMATS, Free, format_named, format_of
+from nextvit.formats import FORMATS, Format, Free, format_named, format_of
 from nextvit.metadata import Metadata
 from nextvit.progress import say
 from nextvit.runtime.open import open_session
@@ -34,6 +38,7 @@ class ExportReport:
     bytes: int  # of all its files
     seconds: float
     parity: Parity | None  # None: it could not be run here
+    stages: tuple[StageComparison, ...] = ()  # where asked for
     not_run: str | None = None  # why, e.g. "needs macOS"
     accuracy: Accuracy | None = None  # of int8
     float_layers: tuple[str, ...] = ()  # of int8: those that are computed in float
@@ -61,6 +66,7 @@ def export(
     calibration: str | os.PathLike[str] | Sequence[ImageSource] | None = None,
     max_drop: float | None = 0.5,
     dynamic: bool = True,
+    stages: bool = False,
 ) -> ExportReport:
     """Write a model in the format that the ending of `path` names, and prove that the file answers as the model does.
 
@@ -70,6 +76,7 @@ def export(
     max_drop: for int8: points of top-1 that may be lost against the float model (of agreement with it, where the images
         have no known classes); layers are taken back to float to keep it. None: write what comes out, and report it.
     dynamic: batch, height and width stay free; else batch 1 and image_size are fixed.
+    stages: also compare what each stage gives, to find where a format goes wrong.
 
     The report is also written beside the file, as JSON. Raises UserError for an ending that is no format or a model
     that cannot be exported, MissingExtra where a library is missing, ParityError where the file's outputs differ from
@@ -100,15 +107,19 @@ def export(
     notes = images.notes if images else ()
     if dynamic and fmt.free.sides and not free.sides:
         notes = (*notes, f"the sides are fixed: {fmt.name} leaves them open from {fmt.open_from} pixels up only")
+    form = export_form(model, fixed=not free.sides).cpu().float()
     with replacing(path) as unfinished:
         measured, plan, parity = None, FASTEST, None
+        by_stage: tuple[StageComparison, ...] = ()
         if images is None:
-            opened = writer.write(model, unfinished, metadata, free=free)
+            opened = writer.write(form, unfinished, metadata, free=free)
         else:
-            opened, measured, plan = _write_int8(writer, model, unfinished, metadata, free, images, max_drop)
+            opened, measured, plan = _write_int8(writer, model, form, unfinished, metadata, free, images, max_drop)
         if opened is not None:
             parity = compare(model, open_session(opened, device="cpu", trust=True), free=free, precision=precision)
-            _insist(parity, path)
+            if stages:
+                by_stage = _compare_stages(writer, model, fmt, metadata, images, plan)
+            _insist(parity, path, by_stage)
         report = ExportReport(
             str(path),
             fmt.name,
@@ -116,6 +127,7 @@ def export(
             bytes=sum(file.stat().st_size for file in unfinished.parent.rglob("*") if file.is_file()),
             seconds=time.perf_counter() - start,
             parity=parity,
+            stages=by_stage,
             not_run=writer.not_run(),
             accuracy=measured,
             float_layers=tuple(writer.float_layers(unfinished, plan)) if measured else (),
@@ -125,18 +137,33 @@ def export(
     return report
 
 
-def _insist(parity: Parity, path: Path) -> None:
+def _compare_stages(
+    writer: ModuleType, model: NextViT, fmt: Format, metadata: Metadata, images: Calibration | None, plan: Plan
+) -> tuple[StageComparison, ...]:
+    """Write a second file whose output is all stages', of one size, and compare them; it is not kept."""
+    form = StageOutputs(export_form(model, fixed=True).cpu().float())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"stages{fmt.suffix}")
+        free = fmt.left_open(metadata.preprocess.image_size, dynamic=False)
+        opened = writer.write(form, path, metadata, free=free, calibration=images, plan=plan)
+        return compare_stages(model, open_session(opened, device="cpu", trust=True))
+
+
+def _insist(parity: Parity, path: Path, stages: Sequence[StageComparison]) -> None:
+    where = "; ".join(f"{stage.name} {stage.relative:.0e}" for stage in stages)
     if not parity.ok:
         raise ParityError(
             f"{path} was not written: its outputs differ from the model's by {parity.max_abs:.3g} "
             f"({parity.relative:.1e} of the largest, {parity.to_spread:.1e} of their spread; same first label for "
-            f"{parity.top1_agreement:.1f} % of {parity.images} images); please report this."
+            f"{parity.top1_agreement:.1f} % of {parity.images} images); "
+            + (f"relative difference after each stage: {where}." if where else "--stages shows where.")
         )
 
 
 def _write_int8(
     writer: ModuleType,
     model: NextViT,
+    form: nn.Module,
     path: Path,
     metadata: Metadata,
     free: Free,
@@ -151,7 +178,7 @@ def _write_int8(
     for plan in [FASTEST] if max_drop is None else writer.int8_plans(model, images, max_drop, truth):
         if measured is not None:
             say(f"int8 loses {measured.drop:.2f} points, {max_drop:g} are allowed; leaving more of it in float ...")
-        opened = writer.write(model, path, metadata, free=free, calibration=images, plan=plan)
+        opened = writer.write(form, path, metadata, free=free, calibration=images, plan=plan)
         if opened is None:
             return None, None, plan
         session = open_session(opened, device="cpu", trust=True)

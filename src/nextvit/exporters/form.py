@@ -28,6 +28,25 @@ def export_form(model: NextViT, *, fixed: bool) -> NextViT:
     return form
 
 
+class StageOutputs(nn.Module):
+    """A network whose one output is all that its stages give, a row an image: stem, stages, logits, flattened."""
+
+    def __init__(self, network: NextViT):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part.flatten(1) for part in stage_outputs(self.network, x)], dim=1)
+
+
+def stage_outputs(network: NextViT, x: Tensor) -> list[Tensor]:
+    """(B, C, H, W) -> the maps of the stem and of each stage, and the logits."""
+    outputs = [network.stem(x)]
+    for stage in network.stages:
+        outputs.append(stage(outputs[-1]))
+    return [*outputs, network.head(network.norm(outputs[-1]))]
+
+
 class FixedHalvingPool(nn.Module):
     """HalvingPool for one size: nothing to pad where the sides are even, which some runtimes need for their kernel."""
 

@@ -4,17 +4,18 @@ import ast
 from typing import Any
 
 import torch
+from torch import nn
 
-from nextvit.backbone import NextViT
 from nextvit.exporters.form import InDtype
 from nextvit.exporters.program import quiet, torch_program
 from nextvit.extras import need
 from nextvit.formats import Free
+from nextvit.metadata import Metadata
 
 OPSET = 20
 
 
-def onnx_graph(form: NextViT, *, image_size: int, free: Free, extra: str, half: bool = False) -> Any:
+def onnx_graph(form: nn.Module, metadata: Metadata, *, free: Free, extra: str, half: bool = False) -> Any:
     """An onnx.ModelProto with input `image` (B, C, H, W) and output `logits` (B, classes).
 
     half: weights and arithmetic in fp16; input and output stay float32. A node that computes a layer has the layer's
@@ -22,11 +23,11 @@ def onnx_graph(form: NextViT, *, image_size: int, free: Free, extra: str, half: 
     """
     need("onnxscript", extra=extra)
     onnxslim = need("onnxslim", extra=extra)
-    shape = (1, form.metadata.in_channels, image_size, image_size)
-    network = InDtype(form.cpu(), torch.float16) if half else form.cpu().float()
+    side = metadata.preprocess.image_size
+    network = InDtype(form, torch.float16) if half else form
     with quiet():
         program = torch.onnx.export(
-            torch_program(network, shape, free),
+            torch_program(network, (1, metadata.in_channels, side, side), free),
             dynamo=True,
             input_names=["image"],
             output_names=["logits"],

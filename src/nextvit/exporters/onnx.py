@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
-from nextvit.backbone import NextViT
 from nextvit.exporters.calibration import Calibration
-from nextvit.exporters.form import export_form
 from nextvit.exporters.graph import onnx_graph
 from nextvit.exporters.quantization import FASTEST, Plan, nncf_plans, quantize
 from nextvit.extras import need
@@ -21,7 +20,7 @@ int8_plans = nncf_plans
 
 
 def write(
-    model: NextViT,
+    form: nn.Module,
     path: Path,
     metadata: Metadata,
     *,
@@ -29,10 +28,10 @@ def write(
     calibration: Calibration | None = None,
     plan: Plan = FASTEST,
 ) -> Path | None:
-    """Write the model to `path` in the precision that `metadata` names."""
+    """Write the export form of a model to `path` in the precision that `metadata` names."""
     graph = onnx_graph(
-        export_form(model, fixed=not free.sides),
-        image_size=metadata.preprocess.image_size,
+        form,
+        metadata,
         free=free,
         half=metadata.precision == "fp16",
         extra="onnx",

@@ -13,6 +13,7 @@ from nextvit.backbone import NextViT
 from nextvit.data.demo_images import garments
 from nextvit.data.images import normalise, preprocess, read_image
 from nextvit.errors import UserError
+from nextvit.exporters.form import stage_outputs
 from nextvit.formats import Free
 from nextvit.metadata import Preprocess
 from nextvit.runtime.session import Session, Setup
@@ -135,6 +136,36 @@ def compare(model: NextViT, session: Session, *, free: Free, precision: str) -> 
         bound=BOUNDS.get(precision),
         finite=all(bool(np.isfinite(theirs).all()) for _, theirs in pairs.values()),
     )
+
+
+@dataclass(frozen=True)
+class StageComparison:
+    """What a stage of the file gives beside the model's, at the model's own size."""
+
+    name: str
+    max_abs: float
+    relative: float  # max_abs / largest absolute output of the stage
+    cosine: float  # the least of all images
+
+
+def compare_stages(model: NextViT, session: Session) -> tuple[StageComparison, ...]:
+    """Of a session whose output is that of `form.StageOutputs`."""
+    model = copy.deepcopy(model).eval().cpu().float()
+    batches = list(_inputs(session.metadata.preprocess, session.metadata.in_channels, Free(False, False)))
+    with torch.inference_mode():
+        ours = [[part.flatten(1) for part in stage_outputs(model, torch.from_numpy(batch))] for batch in batches]
+    names = ("stem", *(f"stage {number}" for number in range(1, len(ours[0]) - 1)), "logits")
+    ends = np.cumsum([part.shape[1] for part in ours[0]])[:-1]
+    theirs = [np.split(np.asarray(session(batch), np.float64), ends, axis=1) for batch in batches]
+    found = []
+    for index, name in enumerate(names):
+        a = np.concatenate([parts[index].numpy().astype(np.float64) for parts in ours])
+        b = np.concatenate([parts[index] for parts in theirs])
+        largest = float(np.abs(a - b).max())
+        found.append(
+            StageComparison(name, largest, largest / max(float(np.abs(a).max()), 1e-30), float(cosines(a, b).min()))
+        )
+    return tuple(found)
 
 
 def _comparison(shape: tuple[int, ...], ours: np.ndarray, theirs: np.ndarray, centre: np.ndarray) -> Comparison:

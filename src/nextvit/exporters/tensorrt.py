@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
-from nextvit.backbone import NextViT
 from nextvit.exporters.calibration import Calibration, Images
-from nextvit.exporters.form import export_form
 from nextvit.exporters.graph import onnx_graph
 from nextvit.exporters.onnx import save
 from nextvit.exporters.program import quiet, refuse
@@ -31,7 +30,7 @@ BUILDER = "trtexec"
 
 
 def write(
-    model: NextViT,
+    form: nn.Module,
     path: Path,
     metadata: Metadata,
     *,
@@ -41,8 +40,8 @@ def write(
 ) -> Path | None:
     """Write PATH.onnx and PATH.sh, and run the second where TensorRT's trtexec is, which makes `path`."""
     graph = onnx_graph(
-        export_form(model, fixed=not free.sides),
-        image_size=metadata.preprocess.image_size,
+        form,
+        metadata,
         free=free,
         half=metadata.precision == "fp16",
         extra="tensorrt",

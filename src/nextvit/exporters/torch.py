@@ -4,11 +4,11 @@ import zipfile
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from nextvit.backbone import NextViT
 from nextvit.devices import DTYPES, pick_precision
 from nextvit.exporters.calibration import Calibration
-from nextvit.exporters.form import InDtype, export_form
+from nextvit.exporters.form import InDtype
 from nextvit.exporters.program import quiet, torch_program
 from nextvit.exporters.quantization import FASTEST, Plan
 from nextvit.files import OPEN_SEAL, close_seal
@@ -18,7 +18,7 @@ from nextvit.runtime.torch_program_session import METADATA_ENTRY
 
 
 def write(
-    model: NextViT,
+    form: nn.Module,
     path: Path,
     metadata: Metadata,
     *,
@@ -26,18 +26,17 @@ def write(
     calibration: Calibration | None = None,
     plan: Plan = FASTEST,
 ) -> Path | None:
-    """Write the program of the model, in the precision that `metadata` names, to `path`."""
+    """Write the program of an export form, in the precision that `metadata` names, to `path`."""
     with quiet():
-        torch.export.save(program(model, metadata, free), path)
+        torch.export.save(program(form, metadata, free), path)
     add_metadata(path, metadata)
     return path
 
 
-def program(model: NextViT, metadata: Metadata, free: Free) -> torch.export.ExportedProgram:
+def program(form: nn.Module, metadata: Metadata, free: Free) -> torch.export.ExportedProgram:
     """The program in the precision that `metadata` names; refused where this CPU only emulates it."""
     pick_precision(metadata.precision, torch.device("cpu"))
     side = metadata.preprocess.image_size
-    form = export_form(model, fixed=not free.sides).cpu().float()
     network = form if metadata.precision == "fp32" else InDtype(form, DTYPES[metadata.precision])
     return torch_program(network, (1, metadata.in_channels, side, side), free)
 
