@@ -4,7 +4,9 @@ import io
 import json
 import pickle
 import re
+import shutil
 import subprocess
+import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +16,13 @@ import pytest
 import torch
 
 import nextvit
+from nextvit.data.images import normalise, pixels
 from nextvit.errors import MissingExtra, ParityError, UserError
 from nextvit.exporters import quantization
 from nextvit.exporters.parity import real_images
 from nextvit.files import OPEN_SEAL, check_seal, close_seal, parts
 from nextvit.formats import FORMATS, format_of
-from nextvit.runtime.coreml_session import not_here, pixels
+from nextvit.runtime.coreml_session import not_here
 from nextvit.runtime.open import open_session
 from nextvit.runtime.torch_program_session import METADATA_ENTRY
 from tests.conftest import fill, nextvit_here
@@ -51,12 +54,11 @@ def test_the_report_claims_what_was_run_and_nothing_else(written):
         assert report.parity.live
         assert report.parity.top1_agreement == 100
     assert (report.not_run is None) == (path.suffix in (".pt2", ".pte"))
+    kept = {"m.engine.onnx", "m.engine.sh"} if path.suffix == ".engine" else {path.name}
     left = {file.name for file in path.parent.iterdir()}
-    assert left == {".engine": {"m.engine.onnx", "m.engine.sh", "m.engine.json"}}.get(
-        path.suffix, {path.name, f"{path.name}.json"}
-    )
-    size = sum(f.stat().st_size for f in path.parent.rglob("*") if f.is_file() and f.name != f"{path.name}.json")
-    assert report.bytes == pytest.approx(size, rel=0.001)
+    assert left == {*kept, f"{path.name}.json", f"{path.name}.example"}
+    files = [file for name in kept for file in parts(path.parent / name)]
+    assert report.bytes == pytest.approx(sum(file.stat().st_size for file in files), rel=0.001)
     assert json.loads((path.parent / f"{path.name}.json").read_text())["not_run"] == report.not_run
 
 
@@ -78,6 +80,60 @@ def test_what_can_be_run_answers_as_the_model_does(written, model):
         predictor.run(np.zeros((1, 3, 160, 128), np.float32))
     with pytest.raises(UserError, match=r"leave --precision out|needs"):
         nextvit.load(path.with_name(f"m{OPENED.get(path.suffix, path.suffix)}"), precision="bf16")
+
+
+def test_the_example_beside_the_file_runs(written):
+    path, report = written
+    folder = path.with_name(f"{path.name}.example")
+    names = {file.name for file in folder.iterdir()} - {"run.py"}
+    assert names == {"image.png", "image.rgb", "logits.f32", "expected.json"}
+    assert (folder / "run.py").exists() == (path.suffix != ".aimodel")
+    if report.parity is None:
+        assert json.loads((folder / "expected.json").read_text())["tolerance"] is None
+        return
+    done = subprocess.run([sys.executable, folder / "run.py"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def _run_and_fail(command, folder):
+    """The program agrees with the expected answer, and says so when the answer is changed."""
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "largest difference" in done.stdout
+    kept = (folder / "expected.json").read_text(), (folder / "logits.f32").read_bytes()
+    expected = json.loads(kept[0])
+    expected["logits"][0] += 10 * expected["tolerance"]
+    (folder / "expected.json").write_text(json.dumps(expected))
+    (folder / "logits.f32").write_bytes(np.array(expected["logits"], "<f4").tobytes())
+    assert subprocess.run(command, cwd=folder, capture_output=True, timeout=300).returncode == 1
+    (folder / "expected.json").write_text(kept[0])
+    (folder / "logits.f32").write_bytes(kept[1])
+
+
+def test_the_example_of_openvino_runs_in_python_and_compiles_and_runs_in_cpp(model, tmp_path):
+    import openvino
+
+    nextvit.export(model, tmp_path / "m o.xml", image_size=64)
+    folder = tmp_path / "m o.xml.example"
+    _run_and_fail([sys.executable, str(folder / "run.py")], folder)
+    home = Path(openvino.__file__).parent
+    libraries = [str(file) for file in (home / "libs").glob("libopenvino.so.*")]
+    options = ["-std=c++17", f"-I{home / 'include'}", *libraries, f"-Wl,-rpath,{home / 'libs'}", "-o", "run"]
+    built = subprocess.run(["g++", "run.cpp", *options], cwd=folder, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    _run_and_fail([str(folder / "run")], folder)
+
+
+def test_the_example_of_onnx_runs_in_python_and_in_javascript(model, tmp_path):
+    nextvit.export(model, tmp_path / 'a "b" #1.onnx', image_size=64, dynamic=False)
+    folder = tmp_path / 'a "b" #1.onnx.example'
+    _run_and_fail([sys.executable, str(folder / "run.py")], folder)
+    if shutil.which("npm") is None:
+        pytest.skip("there is no npm")
+    packages = ["npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", "onnxruntime-web@1.23"]
+    if subprocess.run(packages, cwd=folder, capture_output=True, timeout=300).returncode:
+        pytest.skip("npm cannot fetch onnxruntime-web")
+    _run_and_fail(["node", "run.mjs"], folder)
 
 
 def test_a_flipped_bit_is_found_in_every_part(written):
@@ -119,7 +175,7 @@ def test_a_folder_of_an_older_export_is_replaced_whole_or_left(model, tmp_path, 
     assert [file.name for file in tmp_path.rglob("*")] == ["m.aimodel", "old"]
     nextvit.export(model, path, image_size=64, dynamic=False)
     assert not (path / "old").exists()
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["m.aimodel", "m.aimodel.json"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["m.aimodel", "m.aimodel.example", "m.aimodel.json"]
 
 
 def test_a_coreml_package_takes_an_image_and_gives_a_label(tmp_path):
@@ -144,8 +200,6 @@ def test_a_coreml_package_takes_an_image_and_gives_a_label(tmp_path):
 
 
 def test_pixels_of_a_prepared_image_are_those_that_it_was_made_of(model):
-    from nextvit.data.images import normalise
-
     image = np.random.default_rng(0).integers(0, 256, (32, 40, 3), np.uint8)
     p = model.metadata.preprocess
     assert np.array_equal(pixels(normalise(image, p), p), image)
@@ -218,8 +272,6 @@ def test_the_part_that_suffers_most_is_found():
 def test_a_format_whose_library_is_missing_is_refused_before_any_work(
     ending, module, extra, model, tmp_path, monkeypatch
 ):
-    import sys
-
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingExtra, match=re.escape(f'pip install "nextvit[{extra}]"')):
         nextvit.export(model, tmp_path / f"m{ending}")

@@ -108,6 +108,13 @@ def normalise(pixels: np.ndarray, p: Preprocess) -> np.ndarray:
     return np.ascontiguousarray(values.transpose(2, 0, 1))
 
 
+def pixels(image: np.ndarray, preprocess: Preprocess) -> np.ndarray:
+    """float32 (3, H, W), normalised -> uint8 (H, W, 3): what preprocessing had before it normalised."""
+    mean, std = (np.array(values, np.float32)[:, None, None] for values in (preprocess.mean, preprocess.std))
+    values: np.ndarray = np.rint((image * std + mean) * 255).clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
+    return values
+
+
 def printable(path: str | os.PathLike[str]) -> str:
     """A file name that can be shown: control characters and bytes that are no text are escaped."""
     text = os.fspath(path)

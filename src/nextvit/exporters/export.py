@@ -1,5 +1,6 @@
 """export: write, open again, measure and compare; only then the file takes its name."""
 
+import copy
 import json
 import os
 import tempfile
@@ -16,6 +17,7 @@ from nextvit.backbone import NextViT
 from nextvit.data.images import ImageSource
 from nextvit.errors import AccuracyError, ParityError, UserError
 from nextvit.exporters.calibration import Calibration, read_calibration
+from nextvit.exporters.example import write_example
 from nextvit.exporters.form import StageOutputs, export_form
 from nextvit.exporters.parity import Parity, StageComparison, compare, compare_stages
 from nextvit.exporters.quantization import FASTEST, Accuracy, Plan, accuracy, logits_of, truth_of
@@ -78,9 +80,10 @@ def export(
     dynamic: batch, height and width stay free; else batch 1 and image_size are fixed.
     stages: also compare what each stage gives, to find where a format goes wrong.
 
-    The report is also written beside the file, as JSON. Raises UserError for an ending that is no format or a model
-    that cannot be exported, MissingExtra where a library is missing, ParityError where the file's outputs differ from
-    the model's and AccuracyError where int8 loses more than max_drop; then nothing is left under `path`.
+    Beside the file lie the report, as JSON, and a folder `PATH.example` with an image, the answer that is expected, and
+    programs that run the file on it. Raises UserError for an ending that is no format or a model that cannot be
+    exported, MissingExtra where a library is missing, ParityError where the file's outputs differ from the model's and
+    AccuracyError where int8 loses more than max_drop; then nothing is left under `path`.
     """
     path = Path(path)
     fmt = format_of(path)
@@ -108,6 +111,7 @@ def export(
     if dynamic and fmt.free.sides and not free.sides:
         notes = (*notes, f"the sides are fixed: {fmt.name} leaves them open from {fmt.open_from} pixels up only")
     form = export_form(model, fixed=not free.sides).cpu().float()
+    plain = copy.deepcopy(model).eval().cpu().float()
     with replacing(path) as unfinished:
         measured, plan, parity = None, FASTEST, None
         by_stage: tuple[StageComparison, ...] = ()
@@ -116,15 +120,19 @@ def export(
         else:
             opened, measured, plan = _write_int8(writer, model, form, unfinished, metadata, free, images, max_drop)
         if opened is not None:
-            parity = compare(model, open_session(opened, device="cpu", trust=True), free=free, precision=precision)
+            parity = compare(plain, open_session(opened, device="cpu", trust=True), free=free, precision=precision)
             if stages:
-                by_stage = _compare_stages(writer, model, fmt, metadata, images, plan)
+                by_stage = _compare_stages(writer, plain, fmt, metadata, images, plan)
             _insist(parity, path, by_stage)
+        size = sum(file.stat().st_size for file in unfinished.parent.rglob("*") if file.is_file())
+        if metadata.in_channels == 3:
+            file = (opened or unfinished).name
+            write_example(unfinished.with_name(f"{path.name}.example"), file, fmt.name, plain, metadata, parity)
         report = ExportReport(
             str(path),
             fmt.name,
             precision,
-            bytes=sum(file.stat().st_size for file in unfinished.parent.rglob("*") if file.is_file()),
+            bytes=size,
             seconds=time.perf_counter() - start,
             parity=parity,
             stages=by_stage,

@@ -1,6 +1,5 @@
 """Parity: does the exported file answer as the model does, on real images?"""
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -111,7 +110,6 @@ def compare(model: NextViT, session: Session, *, free: Free, precision: str) -> 
 
     precision: of the file; "int8" is given no bound on the differences.
     """
-    model = copy.deepcopy(model).eval().cpu().float()
     shapes: dict[tuple[int, ...], tuple[list[np.ndarray], list[np.ndarray]]] = {}
     for batch in _inputs(session.metadata.preprocess, session.metadata.in_channels, free):
         ours, theirs = shapes.setdefault((batch.shape[0], *batch.shape[2:]), ([], []))
@@ -150,7 +148,6 @@ class StageComparison:
 
 def compare_stages(model: NextViT, session: Session) -> tuple[StageComparison, ...]:
     """Of a session whose output is that of `form.StageOutputs`."""
-    model = copy.deepcopy(model).eval().cpu().float()
     batches = list(_inputs(session.metadata.preprocess, session.metadata.in_channels, Free(False, False)))
     with torch.inference_mode():
         ours = [[part.flatten(1) for part in stage_outputs(model, torch.from_numpy(batch))] for batch in batches]

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from nextvit.data.images import pixels
 from nextvit.errors import UserError
 from nextvit.extras import need, version
 from nextvit.files import check_seal
-from nextvit.metadata import Metadata, Preprocess
+from nextvit.metadata import Metadata
 from nextvit.runtime.session import Setup
 
 METADATA_KEY = "nextvit"
@@ -55,10 +56,3 @@ class CoreMLSession:
                 given = Image.fromarray(pixels(image, self.metadata.preprocess))
             answers.append(self._model.predict({"image": given})["logits"])
         return np.concatenate(answers).astype(np.float32)
-
-
-def pixels(image: np.ndarray, preprocess: Preprocess) -> np.ndarray:
-    """float32 (3, H, W), normalised -> uint8 (H, W, 3): what preprocessing had before it normalised."""
-    mean, std = (np.array(values, np.float32)[:, None, None] for values in (preprocess.mean, preprocess.std))
-    values: np.ndarray = np.rint((image * std + mean) * 255).clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
-    return values

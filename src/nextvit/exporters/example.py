@@ -1,0 +1,128 @@
+"""An example beside an exported file: an image, what the model answers to it, and short programs that check it."""
+
+import json
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from string import Template
+
+import torch
+from PIL import Image
+
+from nextvit.backbone import NextViT
+from nextvit.data.images import pixels, preprocess
+from nextvit.exporters.parity import Parity, real_images
+from nextvit.metadata import Metadata
+
+PHOTOGRAPH = 10  # of `real_images`: the first that is no garment
+HINTS = {"fp32": "f32", "fp16": "f32", "bf16": "bf16", "int8": "f32"}  # of OpenVINO, for what is left in float
+
+
+@dataclass(frozen=True)
+class Python:
+    """How a Python program opens a file of one format and runs it: `model`, `image` -> `logits`."""
+
+    packages: str
+    imports: str
+    run: str
+
+
+RUN_ONNX = Python(
+    "onnxruntime numpy pillow",
+    "import onnxruntime",
+    'logits = onnxruntime.InferenceSession(model).run(None, {"image": image})[0][0]',
+)
+PYTHON = {
+    "onnx": RUN_ONNX,
+    "tensorrt": RUN_ONNX,
+    "openvino": Python(
+        "openvino numpy pillow",
+        "import openvino",
+        "core = openvino.Core()\n"
+        "network = core.read_model(model)\n"
+        "network.reshape(image.shape)  # one size is faster than free ones\n"
+        'compiled = core.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "$hint"})\n'
+        "logits = compiled(image)[0][0]",
+    ),
+    "executorch": Python(
+        "executorch numpy pillow",
+        "import torch\nfrom executorch.runtime import Runtime",
+        'method = Runtime.get().load_program(model).load_method("forward")\n'
+        "logits = method.execute([torch.from_numpy(image)])[0].numpy()[0]",
+    ),
+    "torch": Python(
+        "torch numpy pillow",
+        "import torch",
+        "with torch.inference_mode():\n"
+        "    logits = torch.export.load(model).module()(torch.from_numpy(image)).numpy()[0]",
+    ),
+    "aotinductor": Python(
+        "torch numpy pillow",
+        "import torch",
+        "with torch.inference_mode():\n"
+        "    logits = torch._inductor.aoti_load_package(model)(torch.from_numpy(image)).numpy()[0]",
+    ),
+    "coreml": Python(
+        "coremltools numpy pillow (on macOS)",
+        "import coremltools",
+        "package = coremltools.models.MLModel(model)  # it takes the image itself\n"
+        'logits = package.predict({"image": Image.open(here / "image.png")})["logits"][0]',
+    ),
+}
+
+
+def write_example(
+    folder: Path, file: str, format_name: str, model: NextViT, metadata: Metadata, parity: Parity | None
+) -> None:
+    """Write image.png, image.rgb, logits.f32, expected.json and the programs that the format has.
+
+    file: name of the exported file, in the folder above. Expected are the logits of the model in float; the tolerance
+    is the bound of the precision, for int8 half as much again as parity found, or none where it could not be run.
+    """
+    folder.mkdir()
+    p = metadata.preprocess
+    image = preprocess(real_images()[PHOTOGRAPH], p)
+    with torch.inference_mode():
+        logits = model(torch.from_numpy(image[None])).numpy()[0]
+    tolerance = None
+    if parity is not None:
+        tolerance = parity.bound.relative * parity.size if parity.bound else 1.5 * parity.max_abs
+    shown = pixels(image, p)
+    Image.fromarray(shown).save(folder / "image.png")
+    (folder / "image.rgb").write_bytes(shown.tobytes())
+    (folder / "logits.f32").write_bytes(logits.astype("<f4").tobytes())
+    expected = {
+        "size": list(shown.shape[:2]),
+        "mean": p.mean,
+        "std": p.std,
+        "labels": metadata.labels,
+        "tolerance": tolerance,
+        "logits": [float(value) for value in logits],
+    }
+    (folder / "expected.json").write_text(json.dumps(expected), encoding="utf-8")
+    hint = HINTS[metadata.precision]
+    file = json.dumps(file)[1:-1]  # as a string of Python, JavaScript and C++ has it
+    if format_name in PYTHON:
+        python = PYTHON[format_name]
+        run = python.run.replace("$hint", hint)
+        _fill("python", folder / "run.py", file=file, packages=python.packages, imports=python.imports, run=run)
+    if format_name == "onnx":
+        _fill("javascript", folder / "run.mjs", file=file)
+    if format_name == "openvino":
+        _fill(
+            "cpp",
+            folder / "run.cpp",
+            file=file,
+            version="2026.0 or later",
+            height=str(p.image_size),
+            width=str(p.image_size),
+            mean=", ".join(f"{value}f" for value in map(float, p.mean)),
+            std=", ".join(f"{value}f" for value in map(float, p.std)),
+            tolerance=f"{-1.0 if tolerance is None else tolerance}f",
+            hint=f"ov::element::{hint}",
+        )
+
+
+def _fill(template: str, path: Path, **values: str) -> None:
+    text = (resources.files("nextvit.exporters") / "snippets" / f"{template}.txt").read_text(encoding="utf-8")
+    path.write_text(Template(text).substitute(values), encoding="utf-8")
