@@ -53,7 +53,7 @@ if __name__ == "__main__":
             ours.load_state_dict(theirs.state_dict())
             rows = benchmark(
                 [("timm", Call("timm", wrap(theirs))), ("nextvit", Call("nextvit", wrap(ours)))],
-                batch=batch,
+                batches=[batch],
                 image_size=224,
                 rounds=12,
             )

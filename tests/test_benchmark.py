@@ -86,6 +86,22 @@ def test_a_session_that_is_slower_is_found_slower_by_its_factor(clock):
     assert first.images_per_s == pytest.approx(1e3 / first.median_ms)
 
 
+def test_a_row_for_each_batch_is_compared_image_by_image(clock):
+    class Each(Busy):  # 2 ms an image
+        def __call__(self, batch):
+            for _ in batch:
+                super().__call__(batch)
+            return batch
+
+    one, four = benchmark([("a", Each(0.002, clock))], batches=[1, 4], rounds=10)
+    assert (one.batch, four.batch) == (1, 4)
+    assert four.median_ms == pytest.approx(4 * one.median_ms, rel=0.25)
+    assert four.ratio == pytest.approx(1, abs=0.2)
+    assert four.images_per_s == pytest.approx(4e3 / four.median_ms)
+    with pytest.raises(UserError, match="batch size must be 1 or more, not 0"):
+        benchmark([("a", Each(0.002, clock))], batches=[0])
+
+
 def test_the_command_prints_a_row_for_each_runtime_with_threads_and_precision(tmp_path):
     output = tmp_path / "b.csv"
     done = nextvit(

@@ -136,6 +136,18 @@ def test_the_example_of_onnx_runs_in_python_and_in_javascript(model, tmp_path):
     _run_and_fail(["node", "run.mjs"], folder)
 
 
+def test_executorch_files_of_other_threads_are_not_open_at_once(written):
+    """Its one pool of threads cannot be changed under an open file: both would hang."""
+    path, _ = written
+    if path.suffix == ".pte":
+        first = open_session(path, threads=1)
+        assert open_session(path).setup.threads == 1
+        with pytest.raises(UserError, match="a file that is open has 1, not 2"):
+            open_session(path, threads=2)
+        del first
+        assert open_session(path, threads=2).setup.threads == 2
+
+
 def test_a_flipped_bit_is_found_in_every_part(written):
     path, _ = written
     path = path.with_name(f"m{OPENED.get(path.suffix, path.suffix)}")

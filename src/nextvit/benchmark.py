@@ -31,7 +31,7 @@ class Row:
     p25_ms: float
     p75_ms: float
     images_per_s: float  # at the median
-    ratio: float  # median over the rounds of this row's time / the first row's time in the same round
+    ratio: float  # median over the rounds of this row's time for an image / the first row's in the same round
     ratio_low: float  # CONFIDENCE interval of that median
     ratio_high: float
 
@@ -47,41 +47,40 @@ class Row:
 def benchmark(
     sessions: Sequence[tuple[str, Session]],
     *,
-    batch: int = 1,
+    batches: Sequence[int] = (1,),
     image_size: int | None = None,
     rounds: int = 20,
     seed: int = 0,
 ) -> list[Row]:
-    """Measure open sessions side by side in one run.
+    """Measure open sessions side by side in one run: a row for each session and batch size.
 
-    sessions: (name, session), compared to the first. image_size: None: each model's own. rounds: in each, every session
-    is measured once, in an order drawn anew, so that what disturbs the machine disturbs all alike; ratios are taken
-    within a round.
+    sessions: (name, session); all is compared to the first, with the first batch size. image_size: None: each model's
+    own. rounds: in each, every row is measured once, in an order drawn anew, so that what disturbs the machine disturbs
+    all alike; ratios are taken within a round.
     """
     if rounds < fewest_rounds():
         raise UserError(f"a {CONFIDENCE:.0%} interval needs {fewest_rounds()} rounds or more, not {rounds}.")
-    if batch < 1:
-        raise UserError(f"the batch size must be 1 or more, not {batch}.")
+    if not batches or min(batches) < 1:
+        raise UserError(f"a batch size must be 1 or more, not {min(batches, default=None)}.")
     rng = np.random.default_rng(seed)
     inputs, calls = [], []
-    for name, session in track(sessions, total=len(sessions), label="warm up"):
+    rows = [(name, session, batch) for name, session in sessions for batch in batches]
+    for name, session, batch in track(rows, total=len(rows), label="warm up"):
         size = image_size or session.metadata.preprocess.image_size
         inputs.append(rng.standard_normal((batch, session.metadata.in_channels, size, size), dtype=np.float32))
         calls.append(_calls_a_round(name, session, inputs[-1]))
-    times = np.zeros((rounds, len(sessions)))
+    times = np.zeros((rounds, len(rows)))
     for number in track(range(rounds), total=rounds, label="measure"):
-        for index in rng.permutation(len(sessions)):
-            session, images = sessions[index][1], inputs[index]
-            session(
-                images
-            )  # untimed: what ran before has left its own data in the caches, and its threads may wind down
+        for index in rng.permutation(len(rows)):
+            session, images = rows[index][1], inputs[index]
+            session(images)  # untimed: what ran before left its data in the caches, and its threads may wind down
             start = time.perf_counter()
             for _ in range(calls[index]):
                 session(images)
             times[number, index] = (time.perf_counter() - start) / calls[index]
     return [
-        _row(name, session, times[:, i], times[:, 0], batch, inputs[i].shape[-1], calls[i] * rounds)
-        for i, (name, session) in enumerate(sessions)
+        _row(name, session, times[:, i], times[:, 0] / batches[0], batch, inputs[i].shape[-1], calls[i] * rounds)
+        for i, (name, session, batch) in enumerate(rows)
     ]
 
 
@@ -101,7 +100,7 @@ def _calls_a_round(name: str, session: Session, images: np.ndarray) -> int:
 
 def _row(name: str, session: Session, times: np.ndarray, first: np.ndarray, batch: int, size: int, calls: int) -> Row:
     p25, median, p75 = np.percentile(times * 1e3, (25, 50, 75))
-    low, ratio, high = median_interval(times / first)
+    low, ratio, high = median_interval(times / batch / first)
     return Row(
         model=name,
         setup=session.setup,

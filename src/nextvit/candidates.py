@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 
 from nextvit.devices import fast_precisions, pick_device
@@ -25,7 +26,7 @@ def open_candidates(
     precisions: Sequence[str],
     weights: str | None,
     device: str,
-    threads: int,
+    threads: Sequence[int],
     trust: bool = False,
 ) -> Iterator[list[tuple[str, Session]]]:
     """(name, session) of each row. A precision that a runtime does not have here is left out, and a line says so."""
@@ -45,28 +46,29 @@ def open_candidates(
                     say(f"exporting {name} to {runtime} ...")
                     files[runtime] = Path(folder, f"{number}{format_named(runtime).suffix}")
                     export(network, files[runtime])
-            for precision in precisions:
-                for runtime in [""] if "" in files else runtimes:
-                    try:
-                        if runtime in files:
-                            where = device if files[runtime] == Path(name) else "cpu"
-                            session = open_session(
-                                files[runtime],
-                                device=where,
-                                threads=threads,
-                                precision=precision,
-                                trust=trust or files[runtime] != Path(name),
-                            )
-                        else:
-                            assert network is not None
-                            session = TorchSession(
-                                network, device=device, threads=threads, precision=precision, folded=runtime == "folded"
-                            )
-                        sessions.append((name, session))
-                    except UserError as error:
-                        if len(precisions) == 1:
-                            raise
-                        refusals.append(f"{name}, {runtime or 'its own runtime'}, {precision}: {error}")
+            asked = [""] if "" in files else runtimes
+            for precision, runtime, count in product(precisions, asked, threads):
+                try:
+                    if runtime in files:
+                        own = files[runtime] == Path(name)
+                        session = open_session(
+                            files[runtime],
+                            device=device if own else "cpu",
+                            threads=count,
+                            precision=precision,
+                            trust=trust or not own,
+                        )
+                    else:
+                        assert network is not None
+                        folded = runtime == "folded"
+                        session = TorchSession(
+                            network, device=device, threads=count, precision=precision, folded=folded
+                        )
+                    sessions.append((name, session))
+                except UserError as error:
+                    if len(precisions) == 1:
+                        raise
+                    refusals.append(f"{name}, {runtime or 'its own runtime'}, {precision}: {error}")
         for refusal in refusals:
             say(f"left out: {refusal}")
         if not sessions:

@@ -345,12 +345,14 @@ def benchmark(
     precision: Annotated[
         str, typer.Option(help="Of fp32, bf16, fp16: a row for each that the runtime has here.")
     ] = "fp32",
-    batch_size: BatchSize = 1,
+    batch_size: Annotated[str, typer.Option(help="Images a call; several, as in 1,8,32, make a row each.")] = "1",
     image_size: ImageSize = None,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; each measures every row once.")] = 20,
     weights: Weights = None,
     device: Device = "auto",
-    threads: Threads = None,
+    threads: Annotated[
+        str | None, typer.Option(help="CPU threads; several, as in 1,2, make a row each; left out: all cores.")
+    ] = None,
     seed: Seed = None,
     output: Annotated[Path | None, typer.Option(help="FILE.csv; a plot is drawn beside it.")] = None,
     trust: Trust = False,
@@ -369,10 +371,11 @@ def benchmark(
         precisions=precision.split(","),
         weights=weights,
         device=device,
-        threads=threads or cpu_count(),
+        threads=_counts("--threads", threads) if threads else [cpu_count()],
         trust=trust,
     ) as sessions:
-        rows = run_benchmark(sessions, batch=batch_size, image_size=image_size, rounds=rounds, seed=seed or 0)
+        batches = _counts("--batch-size", batch_size)
+        rows = run_benchmark(sessions, batches=batches, image_size=image_size, rounds=rounds, seed=seed or 0)
     _show({"rows": [row.to_dict() for row in rows]}, as_json, latency_lines(rows))
     if output is not None:
         write_latency(rows, output)
@@ -386,6 +389,14 @@ def _warn_of_random_weights(model: str, weights: str | None) -> None:
 
     if model in list_models() and weights is None:
         print(f"warning: {model} has random weights here; give a checkpoint, or --weights.", file=sys.stderr)
+
+
+def _counts(flag: str, text: str) -> list[int]:
+    """Whole numbers from 1, with commas between them."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise UserError(f"{flag} takes whole numbers from 1, with commas between them, not {text!r}.")
+    return [int(part) for part in parts]
 
 
 def _with_error(result: Any) -> str:

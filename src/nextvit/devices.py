@@ -54,7 +54,8 @@ def set_threads(threads: int | None) -> int:
     if threads is not None:
         if threads < 1:
             raise UserError(f"--threads must be 1 or more, not {threads}.")
-        torch.set_num_threads(threads)
+        if threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
     return torch.get_num_threads()
 
 

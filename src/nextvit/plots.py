@@ -74,25 +74,33 @@ def latency(rows: Sequence[Row], path: Path) -> None:
     """A bar a row: the median, with the middle half of the rounds as a whisker."""
     figure = _figure(9.5, 0.55 * len(rows) + 1.4)
     axes = figure.subplots()
-    medians = [row.median_ms for row in rows]
-    whiskers = [[r.median_ms - r.p25_ms for r in rows], [r.p75_ms - r.median_ms for r in rows]]
+    medians = [row.median_ms / row.batch for row in rows]
+    whiskers = [[(r.median_ms - r.p25_ms) / r.batch for r in rows], [(r.p75_ms - r.median_ms) / r.batch for r in rows]]
     fastest = min(medians)
     colours = [ORANGE if value == fastest else BLUE for value in medians]
     axes.barh(range(len(rows)), medians, xerr=whiskers, color=colours, ecolor=GREY, capsize=3, height=0.6)
     several = len({row.model for row in rows}) > 1
-    names = [f"{row.model}\n" * several + f"{row.setup.runtime}, {row.setup.precision}" for row in rows]
+    shown = [
+        (f"batch {row.batch}", f"{row.setup.threads} threads", f"{row.setup.runtime}, {row.setup.precision}")
+        for row in rows
+    ]
+    same = [len(set(column)) == 1 for column in list(zip(*shown, strict=True))[:2]] + [False]  # is said below instead
+    names = [
+        f"{row.model}\n" * several
+        + ", ".join(part for part, one in zip(reversed(parts), reversed(same), strict=True) if not one)
+        for row, parts in zip(rows, shown, strict=True)
+    ]
     axes.set_yticks(range(len(rows)), names, size=8 if several else 10)
     axes.invert_yaxis()
     for index, row in enumerate(rows):
         error = f" [{row.ratio_low:.2f}, {row.ratio_high:.2f}]" if index else ""
-        text = f"{row.median_ms:.2f} ms   x {row.ratio:.2f}{error}"
-        axes.annotate(text, (row.p75_ms, index), (6, 0), textcoords="offset points", va="center", size=9)
+        text = f"{row.median_ms / row.batch:.2f} ms   x {row.ratio:.2f}{error}"
+        axes.annotate(text, (row.p75_ms / row.batch, index), (6, 0), textcoords="offset points", va="center", size=9)
     first = rows[0]
-    axes.set_xlim(right=max(row.p75_ms for row in rows) * 1.6)
-    axes.set(
-        xlabel=f"ms for a batch of {first.batch} at {first.image_size} px, {first.setup.threads} threads; "
-        f"ratio to the first row with its {CONFIDENCE:.0%} interval"
-    )
+    axes.set_xlim(right=max(row.p75_ms / row.batch for row in rows) * 1.6)
+    fixed = "".join(f", {text}" for text, one in zip(shown[0], same, strict=True) if one)
+    told = f"ms for an image of {first.image_size} px{fixed}; ratio to the first row with its {CONFIDENCE:.0%} interval"
+    axes.set(xlabel=told)
     axes.xaxis.label.set_size(9)
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)

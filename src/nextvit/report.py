@@ -67,6 +67,7 @@ def latency_lines(rows: Sequence[Row]) -> list[str]:
             "runtime": f"{row.setup.runtime}, {row.setup.device}",
             "precision": row.setup.precision,
             "threads": row.setup.threads,
+            "batch": row.batch,
             "ms": f"{row.median_ms:.2f} ({row.p25_ms:.2f} to {row.p75_ms:.2f})",
             "images/s": f"{row.images_per_s:.1f}",
             "ratio": f"{row.ratio:.3f} ({row.ratio_low:.3f} to {row.ratio_high:.3f})" if row is not first else "1",
@@ -75,9 +76,9 @@ def latency_lines(rows: Sequence[Row]) -> list[str]:
     ]
     return [
         *table(shown),
-        f"batch {first.batch}, {first.image_size} x {first.image_size} pixels; ms: median and middle half of "
-        f"{first.rounds} interleaved rounds;",
-        f"ratio: time / the first row's in the same round, with a {CONFIDENCE:.0%} interval of its median",
+        f"{first.image_size} x {first.image_size} pixels; ms: for a batch, median and middle half of {first.rounds} "
+        "interleaved rounds;",
+        f"ratio: time for an image / the first row's in the same round, with a {CONFIDENCE:.0%} interval of its median",
     ]
 
 

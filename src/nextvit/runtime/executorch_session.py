@@ -2,6 +2,7 @@
 
 import os
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +19,13 @@ from nextvit.runtime.session import Setup
 
 METADATA_METHOD, SEAL_METHOD = "nextvit", "sha256"
 LARGEST_BATCH = 8  # of a file with a free batch; larger ones are run in parts
+OPEN: "weakref.WeakSet[ExecuTorchSession]" = weakref.WeakSet()  # their methods hold on to the pool of threads
 
 
 class ExecuTorchSession:
-    """Runs on XNNPACK. The threads are the process's: the last session that was opened sets them for all."""
+    """Runs on XNNPACK."""
+
+    setup: Setup
 
     def __init__(self, path: Path, *, device: str, threads: int | None, precision: str | None):
         runtime = need("executorch.runtime", extra="executorch")
@@ -32,9 +36,17 @@ class ExecuTorchSession:
             raise UserError(
                 f"{path} has no nextvit metadata, so its preprocessing is unknown; make it with `nextvit export`."
             )
+        used = next((session.setup.threads for session in OPEN), None)
+        wanted = threads or used or cpu_count()
+        if used not in (None, wanted):
+            raise UserError(
+                f"ExecuTorch has one pool of threads a process, and a file that is open has {used}, not {wanted}; open "
+                "them one after the other."
+            )
         try:
             with _silent_start():
-                bindings._unsafe_reset_threadpool(threads or cpu_count())
+                if wanted != bindings._threadpool_get_thread_count():
+                    bindings._unsafe_reset_threadpool(wanted)
                 program = runtime.Runtime.get().load_program(path)
                 notes = program.load_method(METADATA_METHOD).execute([])[0]
                 self._method = program.load_method("forward")
@@ -50,8 +62,9 @@ class ExecuTorchSession:
         shape = self._method.metadata.input_tensor_meta(0).sizes()
         self.fixed_batch = 1 if shape[0] == 1 else None
         self._largest = tuple(shape[2:])
-        used = bindings._threadpool_get_thread_count()
-        self.setup = Setup(f"executorch {version('executorch')}, xnnpack", "cpu", own, used)
+        count = bindings._threadpool_get_thread_count()
+        self.setup = Setup(f"executorch {version('executorch')}, xnnpack", "cpu", own, count)
+        OPEN.add(self)
 
     def __call__(self, batch: np.ndarray) -> np.ndarray:
         if any(side > most for side, most in zip(batch.shape[2:], self._largest, strict=True)):

@@ -75,6 +75,7 @@ class TorchProgramSession:
             ) from error
 
     def __call__(self, batch: np.ndarray) -> np.ndarray:
+        set_threads(self.setup.threads)  # they are the process's, and another session may have other ones
         with torch.inference_mode():
             try:
                 return self._run(torch.from_numpy(batch)).numpy()

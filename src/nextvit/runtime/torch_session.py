@@ -32,6 +32,7 @@ class TorchSession:
         self._place = place
 
     def __call__(self, batch: np.ndarray) -> np.ndarray:
+        set_threads(self.setup.threads)  # they are the process's, and another session may have other ones
         with torch.inference_mode():
             images = torch.from_numpy(batch).to(self._place, self._dtype, memory_format=torch.channels_last)
             return self._model(images).float().cpu().numpy()
