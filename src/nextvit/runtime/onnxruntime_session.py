@@ -12,16 +12,24 @@ from nextvit.metadata import Metadata
 from nextvit.runtime.session import Setup
 
 METADATA_KEY = "nextvit"
+PROVIDERS = {  # by --device; all but the CPU come with other builds of ONNX Runtime
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
+}
 
 
 class OnnxRuntimeSession:
-    """Runs on ONNX Runtime's CPU provider, in the precision that the file was made in."""
+    """Runs in the precision that the file was made in, on the provider of `device`; auto is the CPU."""
 
     def __init__(self, path: Path, *, device: str, threads: int | None, precision: str | None):
         ort = need("onnxruntime", extra="onnx")
         onnx = need("onnx", extra="onnx")
-        if device not in ("auto", "cpu"):
-            raise UserError(f"ONNX files run on the CPU here, not on {device!r}; leave --device out.")
+        place = "cpu" if device == "auto" else device
+        there = [name for name, provider in PROVIDERS.items() if provider in ort.get_available_providers()]
+        if place not in there:
+            raise UserError(f"ONNX files run on {' or '.join(there)} here, not on {device!r}; leave --device out.")
         sealed = check_seal(path)
         content = path.read_bytes()
         try:
@@ -46,13 +54,17 @@ class OnnxRuntimeSession:
         options.log_severity_level = 3
         options.add_session_config_entry("session.force_spinning_stop", "1")  # no thread spins on after a call is done
         try:
-            self._session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(content, options, providers=[PROVIDERS[place]])
         except Exception as error:  # the runtime's own exception types are not public
             raise UserError(f"{path} cannot be opened by ONNX Runtime {ort.__version__}; export it again.") from error
+        if PROVIDERS[place] not in self._session.get_providers():  # it falls back to the CPU without a word
+            raise UserError(
+                f"ONNX Runtime cannot start {PROVIDERS[place]} here; its log says why, or take --device cpu."
+            )
         self._input = self._session.get_inputs()[0].name
         batch = self._session.get_inputs()[0].shape[0]
         self.fixed_batch = batch if isinstance(batch, int) else None
-        self.setup = Setup(f"onnxruntime {ort.__version__}", "cpu", own, options.intra_op_num_threads)
+        self.setup = Setup(f"onnxruntime {ort.__version__}", place, own, options.intra_op_num_threads)
 
     def __call__(self, batch: np.ndarray) -> np.ndarray:
         return self._session.run(None, {self._input: batch})[0]
