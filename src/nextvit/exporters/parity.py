@@ -29,7 +29,7 @@ class Bound:
     to_spread: float  # largest difference / how much a live model's outputs vary over the images
 
 
-BOUNDS = {"fp32": Bound(1e-4, 1e-3), "fp16": Bound(2e-2, 0.1), "bf16": Bound(0.1, 0.5)}
+BOUNDS = {"fp32": Bound(1e-4, 1e-3), "fp16": Bound(2e-2, 0.1), "bf16": Bound(0.1, 1.0)}
 
 
 @dataclass(frozen=True)
