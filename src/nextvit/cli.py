@@ -43,9 +43,7 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
 ImageSize = Annotated[int | None, typer.Option(min=32, help="Side of the input in pixels; left out: the model's own.")]
 Precision = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16, where the device computes in it; else fp32.")]
 Seed = Annotated[int | None, typer.Option(min=0, help="Of everything that is drawn at random.")]
-Trust = Annotated[
-    bool, typer.Option("--trust", help="Open an AOTInductor package too, which is machine code of whoever made it.")
-]
+Trust = Annotated[bool, typer.Option("--trust", help="Open a .pt2 that was not exported here: it runs as a program.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output and nothing else there.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -59,6 +57,7 @@ def info(
         str | None, typer.Argument(metavar="MODEL", help="A variant or any file; left out: all variants.")
     ] = None,
     image_size: ImageSize = None,
+    trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -71,7 +70,7 @@ def info(
     elif any(model == variant.name for variant in VARIANTS) or not os.path.lexists(model):
         _show(describe_variant(model, image_size or 224), as_json)
     else:
-        _show(describe_file(Path(model), image_size), as_json)
+        _show(describe_file(Path(model), image_size, trust=trust), as_json)
 
 
 @app.command(epilog="Example: nextvit train demo --recipe demo --output runs/first")

@@ -61,11 +61,11 @@ def describe_variant(name: str, image_size: int) -> dict[str, Any]:
     }
 
 
-def describe_file(path: Path, image_size: int | None) -> dict[str, Any]:
+def describe_file(path: Path, image_size: int | None, *, trust: bool = False) -> dict[str, Any]:
     """What a weight file or an exported file holds. Raises UserError where it cannot be read."""
     fmt = format_of(path)
     if fmt is not None:
-        session = open_session(path)
+        session = open_session(path, trust=trust)
         return {
             "file": str(path),
             "format": fmt.name,

@@ -77,6 +77,12 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     write_text(path, text.getvalue())
 
 
+def cache_folder() -> Path:
+    """Where derived files are kept: NEXTVIT_CACHE, else XDG_CACHE_HOME/nextvit, else ~/.cache/nextvit."""
+    own = os.environ.get("NEXTVIT_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "nextvit"
+
+
 def _umask() -> int:
     mask = os.umask(0o077)
     os.umask(mask)

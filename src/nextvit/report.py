@@ -126,7 +126,7 @@ def _next_step(report: ExportReport) -> str:
         )
     if report.not_run is not None:
         return f"take {report.path} to where it runs ({report.not_run})"
-    return f"nextvit benchmark {report.path}{' --trust' if report.format == 'aotinductor' else ''}"
+    return f"nextvit benchmark {report.path}"
 
 
 def _parity_lines(head: str, p: Parity) -> list[str]:

@@ -12,16 +12,11 @@ from PIL import Image
 
 from nextvit import __version__
 from nextvit.errors import UserError
+from nextvit.files import cache_folder
 
 TILE = 28  # pixels
 TILES_A_ROW = 40
 VALIDATION_SHARE = 16  # every 16th training image of a class selects the best epoch; `test` is never looked at
-
-
-def cache_folder() -> Path:
-    """Where derived files are kept: NEXTVIT_CACHE, else XDG_CACHE_HOME/nextvit, else ~/.cache/nextvit."""
-    own = os.environ.get("NEXTVIT_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "nextvit"
 
 
 def made_once(name: str, write: Callable[[Path], None]) -> Path:

@@ -15,6 +15,7 @@ from nextvit.files import OPEN_SEAL, close_seal
 from nextvit.formats import Free
 from nextvit.metadata import Metadata
 from nextvit.runtime.torch_program_session import METADATA_ENTRY
+from nextvit.trust import remember
 
 
 def write(
@@ -48,6 +49,7 @@ def add_metadata(path: Path, metadata: Metadata) -> None:
         archive.writestr(f"{root}/{METADATA_ENTRY}", metadata.to_json())
         archive.comment = OPEN_SEAL.encode()
     close_seal(path)
+    remember(path)
 
 
 def not_run() -> str | None:

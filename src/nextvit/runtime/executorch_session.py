@@ -74,7 +74,11 @@ class ExecuTorchSession:
             )
         parts = [batch[start : start + LARGEST_BATCH] for start in range(0, len(batch), LARGEST_BATCH)]
         tensors = [torch.from_numpy(np.ascontiguousarray(part)) for part in parts]
-        return np.concatenate([self._method.execute([tensor])[0].numpy().copy() for tensor in tensors])
+        try:
+            return np.concatenate([self._method.execute([tensor])[0].numpy().copy() for tensor in tensors])
+        except RuntimeError as error:
+            shape = "x".join(map(str, batch.shape))
+            raise UserError(f"this file does not take an input of {shape}; was it exported for one size?") from error
 
 
 @contextmanager

@@ -23,6 +23,7 @@ EXPORTED: dict[str, Callable[..., Session]] = {
     "torch": TorchProgramSession,
     "aotinductor": TorchProgramSession,
 }
+PROGRAMS = ("torch", "aotinductor")  # files that run as they are opened
 ELSEWHERE = {
     "tensorrt": "engines are run by TensorRT's own tools; nextvit opens the ONNX written beside one, {path}.onnx",
     "coreai": "nextvit writes Core AI files and does not run them yet; Xcode 27 opens {path}",
@@ -55,7 +56,8 @@ def open_session(
 ) -> Session:
     """Open any MODEL on the runtime that its kind asks for: exported files on their own, weights on torch, folded.
 
-    precision: None is fp32; another only where the device computes in it. trust: open files that are machine code.
+    precision: None is fp32; another only where the device computes in it. trust: open files that are programs,
+    whoever wrote them.
     """
     if threads is not None and threads < 1:
         raise UserError(f"threads must be 1 or more, not {threads}.")
@@ -69,5 +71,5 @@ def open_session(
         raise UserError(f"{ELSEWHERE[fmt.name].format(path=path)}.")
     if not path.exists():
         raise UserError(f"there is no file {path}; `nextvit export` makes one.")
-    only = {"trust": trust} if fmt.name == "aotinductor" else {}
+    only = {"trust": trust} if fmt.name in PROGRAMS else {}
     return EXPORTED[fmt.name](path, device=device, threads=threads, precision=precision, **only)

@@ -114,7 +114,7 @@ def load(
     """Open any checkpoint or exported file as a predictor.
 
     device: "auto", "cpu", "cuda", ... threads: of the CPU runtime; None: its own choice. precision: "fp32" (also None),
-    "bf16" or "fp16", where the device computes in it. trust: open an AOTInductor package, which is machine code, too.
+    "bf16" or "fp16", where the device computes in it. trust: open a `.pt2`, which runs as a program, whoever wrote it.
     Raises UserError for a file that is missing or damaged.
     """
     return Predictor(open_session(os.fspath(path), device=device, threads=threads, precision=precision, trust=trust))
