@@ -230,7 +230,10 @@ def small_onnx(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("fault", ["none", "huge", "wrong count", "no object", "extra entry"])
+@pytest.mark.parametrize(
+    "fault",
+    ["none", "huge", "wrong count", "no object", "extra entry", "size", "crop", "std", "classes", "precision", "task"],
+)
 def test_metadata_that_is_not_ours_is_refused(fault, small_onnx, tmp_path):
     import onnx
 
@@ -245,6 +248,12 @@ def test_metadata_that_is_not_ours_is_refused(fault, small_onnx, tmp_path):
         "wrong count": json.dumps({**record, "labels": ["a", "b"]}),
         "no object": "[]",
         "extra entry": json.dumps({**record, "run": "this"}),
+        "size": json.dumps({**record, "preprocess": {**record["preprocess"], "image_size": 10**7}}),
+        "crop": json.dumps({**record, "preprocess": {**record["preprocess"], "crop": 1e-9}}),
+        "std": json.dumps({**record, "preprocess": {**record["preprocess"], "std": [1e-300] * 3}}),
+        "classes": json.dumps({**record, "num_classes": "x"}),
+        "precision": json.dumps({**record, "precision": "fp99"}),
+        "task": json.dumps({**record, "task": "evil"}),
     }[fault]
     notes["sha256"] = OPEN_SEAL
     del notes["nextvit"]
@@ -253,7 +262,23 @@ def test_metadata_that_is_not_ours_is_refused(fault, small_onnx, tmp_path):
     close_seal(tmp_path / "m.onnx")
     done = nextvit_here("info", tmp_path / "m.onnx")
     assert (done.returncode, "metadata" in done.stderr) == (2, True), done.stderr
-    assert len(done.stderr) < 400
+    assert len(done.stderr) < 600
+    assert "Traceback" not in done.stderr
+
+
+def test_metadata_with_another_number_of_classes_than_outputs_is_refused(small_onnx, tmp_path, garment_folder):
+    import onnx
+
+    from nextvit.files import OPEN_SEAL, close_seal
+
+    model = onnx.load(small_onnx)
+    notes = {entry.key: entry.value for entry in model.metadata_props}
+    record = json.dumps({**json.loads(notes["nextvit"]), "num_classes": 2, "labels": ["a", "b"]})
+    onnx.helper.set_model_props(model, {**notes, "nextvit": record, "sha256": OPEN_SEAL})
+    onnx.save(model, tmp_path / "m.onnx")
+    close_seal(tmp_path / "m.onnx")
+    done = nextvit_here("predict", tmp_path / "m.onnx", sorted((garment_folder / "bag").iterdir())[0])
+    assert (done.returncode, "gives 4 outputs" in done.stderr) == (2, True), done.stderr
 
 
 def test_labels_full_of_markup_come_out_harmless(small_onnx, tmp_path, garment_folder):

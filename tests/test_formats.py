@@ -172,7 +172,11 @@ def test_a_folder_of_an_older_export_is_replaced_whole_or_left(model, tmp_path, 
 
     path = tmp_path / "m.aimodel"
     path.mkdir()
-    (path / "old").write_text("an older export")
+    (path / "mine").write_text("somebody's own")
+    with pytest.raises(UserError, match="none that nextvit wrote"):
+        nextvit.export(model, path, image_size=64, dynamic=False)
+    (path / "mine").rename(path / "old")
+    (path / "old").write_text(OPEN_SEAL)
 
     def broken(*_, **__):
         raise ParityError("as if it answered otherwise")
@@ -206,6 +210,11 @@ def test_a_coreml_package_takes_an_image_and_gives_a_label(tmp_path):
     assert not {"batch_norm", "layer_norm"} & operations
     labels = str(program)
     assert all(name in labels for name in ("crane (0)", "dog", "crane (2)")), "a dictionary needs different names"
+
+
+def test_spatial_pooling_goes_to_coreml_too(tmp_path):
+    model = fill(nextvit.create_model("nextvit_nano", num_classes=3, kv_pooling="spatial"))
+    assert nextvit.export(model, tmp_path / "m.mlpackage", image_size=64, dynamic=False).not_run == not_here()
 
 
 def test_pixels_of_a_prepared_image_are_those_that_it_was_made_of(model):

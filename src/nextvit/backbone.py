@@ -166,7 +166,7 @@ class SpatialPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         more = self.reduction - 1
-        shares = F.avg_pool2d(F.pad(x.new_ones(1, 1, *x.shape[2:]), (0, more, 0, more)), self.reduction)
+        shares = F.avg_pool2d(F.pad(torch.ones_like(x[:1, :1]), (0, more, 0, more)), self.reduction)
         return (F.avg_pool2d(F.pad(x, (0, more, 0, more)), self.reduction) / shares).flatten(2).contiguous()
 
 

@@ -29,8 +29,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     are a folder of files (FOLDERS) are moved whole.
     """
     final = Path(path)
-    if final.is_dir() and final.suffix not in FOLDERS:
-        raise UserError(f"{final} is a folder; give the name of a file, or choose another --output.")
+    if final.is_dir() and not (final.suffix in FOLDERS and (not any(final.iterdir()) or _digest(final)[1])):
+        raise UserError(f"{final} is a folder, and none that nextvit wrote; choose another --output.")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent))

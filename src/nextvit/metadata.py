@@ -1,6 +1,7 @@
 """What travels with every weight file and every exported file: the one source of truth for preprocessing and labels."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
@@ -8,7 +9,10 @@ from nextvit.errors import UserError
 from nextvit.spec import KvPooling
 
 Interpolation = Literal["bicubic", "bilinear", "nearest"]
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+TASKS = ("classify",)
 LARGEST = 4_000_000  # characters of a record: 22,000 classes with names of 100 characters come to half of it
+LARGEST_SIDE = 4096  # pixels of an input
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -26,15 +30,17 @@ class Preprocess:
     def __post_init__(self) -> None:
         ok = (
             isinstance(self.image_size, int)
-            and self.image_size >= 32
+            and 32 <= self.image_size <= LARGEST_SIDE
             and 0 < self.crop <= 1
+            and self.resize_size <= 2 * LARGEST_SIDE
             and self.interpolation in get_args(Interpolation)
             and len(self.mean) == len(self.std) == 3
-            and all(s > 0 for s in self.std)
+            and all(math.isfinite(m) for m in self.mean)
+            and all(1e-6 < s < math.inf for s in self.std)
         )
         if not ok:
             raise UserError(
-                f"this preprocessing cannot be done: {self}; image_size must be 32 or more, crop in (0, 1]."
+                f"this preprocessing cannot be done: {self}; image_size must be 32 to {LARGEST_SIDE}, crop in (0, 1]."
             )
 
     @property
@@ -78,8 +84,13 @@ class Metadata:
             inner = found["preprocess"]
             preprocess = Preprocess(**{**inner, "mean": tuple(inner["mean"]), "std": tuple(inner["std"])})
             record = cls(**{**found, "preprocess": preprocess, "labels": tuple(map(str, found["labels"]))})
+            counts = (record.num_classes, record.in_channels)
+            if not all(isinstance(count, int) and count > 0 for count in counts):
+                raise ValueError(f"{counts[0]!r} classes, {counts[1]!r} input channels")
+            if record.precision not in PRECISIONS or record.task not in TASKS:
+                raise ValueError(f"task {record.task!r}, precision {record.precision!r}")
             if record.labels and len(record.labels) != record.num_classes:
                 raise ValueError(f"{len(record.labels)} labels for {record.num_classes} classes")
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"the metadata in {source} cannot be read ({error}); export or save it again.") from error
         return record

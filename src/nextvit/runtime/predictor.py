@@ -41,13 +41,20 @@ class Predictor:
         channels = self.metadata.in_channels
         if batch.ndim != 4 or batch.shape[1] != channels or batch.dtype != np.float32:
             raise UserError(f"a batch must be float32 of shape (B, {channels}, H, W), not {batch.dtype} {batch.shape}.")
+        if not len(batch):
+            raise UserError("a batch needs one image or more.")
         if min(batch.shape[2:]) < SMALLEST_SIDE:
             raise UserError(f"a batch of {batch.shape[2]} x {batch.shape[3]} pixels is too small; both sides need 32.")
         batch = np.ascontiguousarray(batch)
         size = self.session.fixed_batch
-        if size is None or len(batch) == size:
-            return self.session(batch)
-        return np.concatenate([self.session(batch[start : start + size]) for start in range(0, len(batch), size)])
+        parts = [batch] if size is None else [batch[start : start + size] for start in range(0, len(batch), size)]
+        outputs = np.concatenate([self.session(part) for part in parts])
+        if outputs.shape[1] != self.metadata.num_classes:
+            raise UserError(
+                f"the file gives {outputs.shape[1]} outputs, and its metadata names {self.metadata.num_classes} "
+                "classes; export it again."
+            )
+        return outputs
 
     def prepare(self, image: ImageSource) -> np.ndarray:
         """Decode and preprocess one image -> float32 (3, image_size, image_size). Raises ImageRejected."""

@@ -45,7 +45,7 @@ class TorchProgramSession:
         self.setup = Setup(f"torch {torch.__version__.partition('+')[0]}, {kind}", "cpu", own, set_threads(threads))
         try:
             self._run, self.fixed_batch = _open_package(data) if compiled else _open_program(data)
-        except RuntimeError as error:
+        except Exception as error:  # what torch raises on a program that it cannot read has no common kind
             raise UserError(
                 f"{path} cannot be opened by torch {torch.__version__}; export it again, on this kind of machine."
             ) from error
