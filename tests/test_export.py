@@ -12,6 +12,7 @@ import torch
 import nextvit
 from nextvit.errors import ParityError, UserError
 from nextvit.exporters import export as exporting
+from nextvit.files import parts
 from nextvit.runtime.open import open_session
 from tests.conftest import fill, nextvit_here
 from tests.conftest import nextvit as run
@@ -70,7 +71,7 @@ def test_the_report_says_how_the_file_was_checked(exported):
     assert p.setup.precision == report.precision == "fp32"
     beside = json.loads(path.with_name(f"{path.name}.json").read_text())
     assert beside == json.loads(json.dumps(report.to_dict()))
-    assert report.bytes == sum(f.stat().st_size for f in path.parent.iterdir() if f.suffix != ".json")
+    assert report.bytes == sum(file.stat().st_size for file in parts(path))
 
 
 def test_the_file_carries_its_metadata(exported):
@@ -150,8 +151,7 @@ def test_stages_show_where_a_file_goes_wrong(tmp_path, monkeypatch):
 def test_flipped_bits_and_missing_parts_are_found(ending, tmp_path):
     path = tmp_path / f"m{ending}"
     nextvit.export(fill(nextvit.create_model("nextvit_nano", num_classes=4)), path)
-    files = sorted(file for file in tmp_path.iterdir() if file.suffix != ".json")  # the report is no part of the model
-    for file in files:
+    for file in parts(path):
         good = file.read_bytes()
         for place in np.linspace(0, len(good) - 1, 25).astype(int):
             bad = bytearray(good)
