@@ -298,6 +298,7 @@ def test_a_format_whose_library_is_missing_is_refused_before_any_work(
 
 
 def test_sides_below_64_are_fixed_and_the_report_says_so(model, tmp_path):
+    assert nextvit.export(model, tmp_path / "m.mlpackage", image_size=32).notes[0].startswith("the sides are fixed")
     report = nextvit.export(model, tmp_path / "m.pt2", image_size=32)
     assert report.notes == ("the sides are fixed: torch leaves them open from 64 pixels up only",)
     assert {(row.height, row.width) for row in report.parity.rows} == {(32, 32)}

@@ -45,8 +45,8 @@ def write(
         network = quantized_network(network, shape, free, largest, _quantizer(plan), calibration)
     if channels == 3:
         network = Normalised(network, metadata.preprocess.mean, metadata.preprocess.std)
-    sides = ct.RangeDim(SMALLEST, LARGEST, side)
-    input_shape = ct.Shape((1, channels, sides, sides)) if free.sides else ct.Shape(shape)
+    open_shape = (1, channels, *(ct.RangeDim(SMALLEST, LARGEST, side) for _ in range(2 * free.sides)))
+    input_shape = ct.Shape(open_shape if free.sides else shape)
     given = ct.ImageType if channels == 3 else ct.TensorType
     layout = {"color_layout": ct.colorlayout.RGB} if channels == 3 else {}
     precision = ct.precision.FLOAT32 if metadata.precision == "fp32" else ct.precision.FLOAT16
