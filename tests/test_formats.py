@@ -16,10 +16,14 @@ import torch
 import nextvit
 from nextvit.data.images import normalise, pixels
 from nextvit.errors import MissingExtra, ParityError, UserError
-from nextvit.exporters import quantization
+from nextvit.exporters import coreml, executorch, quantization
+from nextvit.exporters.calibration import Calibration
+from nextvit.exporters.form import export_form
+from nextvit.exporters.job import Job
 from nextvit.exporters.parity import real_images
+from nextvit.exporters.program import quantized
 from nextvit.files import OPEN_SEAL, check_seal, close_seal, parts
-from nextvit.formats import FORMATS, format_of
+from nextvit.formats import FORMATS, Free, format_of
 from nextvit.runtime.coreml_session import not_here
 from nextvit.runtime.open import open_session
 from tests.conftest import fill, nextvit_here
@@ -265,15 +269,33 @@ def test_the_part_that_suffers_most_is_found():
     victim = "stages.2.blocks.1"
     model.get_submodule(victim).mlp.fc1.weight.data[:, 0] *= 300  # one column sets the scales of all
 
-    class Sample(list):
-        pass
-
-    images = Sample(np.random.default_rng(0).standard_normal((4, 1, 3, 64, 64), dtype=np.float32))
+    images = list(np.random.default_rng(0).standard_normal((4, 1, 3, 64, 64), dtype=np.float32))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     ranked = quantization.sensitive_parts(model, images)
     assert ranked[0] == victim
     assert set(ranked) >= {"stem", "head", "stages.3.blocks.1"}
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("writer", [executorch, pytest.param(coreml, marks=pytest.mark.slow)])
+def test_parts_that_are_to_stay_float_have_float_weights_and_all_others_have_not(writer, model):
+    part, images = "stages.2.blocks.1", list(np.random.default_rng(0).standard_normal((2, 1, 3, 64, 64), dtype="f4"))
+    metadata = replace(model.metadata.with_image_size(64), precision="int8")
+    form, plan = export_form(model, fixed=True), quantization.Plan(float_parts=(part,))
+    job = Job(form, Path("unwritten"), metadata, Free(False, False), Calibration(images, images), plan)
+    graph = quantized(job, {"batch": 1, "side": 64}, writer._quantizer(plan)).graph
+    in_float, rounded = set(), set()
+    for node in graph.nodes:
+        if node.op == "call_function" and re.search("conv2d|linear", str(node.target)):
+            layer = [path for path, _ in node.meta["nn_module_stack"].values()][-1]
+            (rounded if "dequantize" in str(node.args[1].target) else in_float).add(layer)
+    inside = {name for name, m in form.named_modules() if isinstance(m, torch.nn.Conv2d) and name.startswith(part)}
+    if writer is executorch:
+        assert in_float == inside
+    else:  # coremltools' configuration also leaves what reads both from the part and from outside
+        assert inside <= in_float
+        assert len(in_float - inside) <= 1
+    assert len(rounded) > 40
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,13 @@ from pathlib import Path
 from nextvit.devices import fast_precisions, pick_device
 from nextvit.errors import UserError
 from nextvit.exporters.export import export
-from nextvit.formats import FORMATS, format_named, format_of
+from nextvit.formats import RUN, format_named, format_of
 from nextvit.progress import say
 from nextvit.runtime.open import open_model, open_session
 from nextvit.runtime.session import Session
 from nextvit.runtime.torch_session import TorchSession
 
-RUNTIMES = ("eager", "folded", *(fmt.name for fmt in FORMATS))
+RUNTIMES = ("eager", "folded", *RUN)
 
 
 @contextmanager

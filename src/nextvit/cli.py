@@ -8,15 +8,12 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from nextvit.errors import UserError, exit_code
-from nextvit.formats import FORMATS
-
-if TYPE_CHECKING:
-    pass
+from nextvit.formats import FORMATS, RUN
 
 app = typer.Typer(
     add_completion=False,
@@ -338,7 +335,7 @@ def benchmark(
     runtimes: Annotated[
         str,
         typer.Option(
-            help="For variants and checkpoints, of eager, folded, onnx, openvino; the last two are exported first."
+            help=f"For variants and checkpoints, of eager, folded, {', '.join(RUN)}; all but two are exported first."
         ),
     ] = "folded",
     precision: Annotated[

@@ -25,6 +25,9 @@ class Format:
     precisions: tuple[str, ...]
     free: Free  # what it can leave open
     open_from: int = 32  # sides, in pixels, that can be left open; a smaller size is fixed
+    needs: tuple[str, ...] = ()  # modules of the extra without which nothing can be written
+    program: bool = False  # opening the file runs it (see `trust`)
+    elsewhere: str = ""  # why nextvit does not open its files; {path}: the file
 
     def check(self, precision: str) -> None:
         """Raise UserError for a precision that the format does not have."""
@@ -38,16 +41,43 @@ class Format:
 
 
 BOTH = Free(batch=True, sides=True)
+ONNX = ("onnx", "onnxscript", "onnxslim")  # the libraries that make an ONNX graph
 FORMATS = (
-    Format("onnx", ".onnx", "onnx", ("fp32", "fp16", "int8"), BOTH),
-    Format("openvino", ".xml", "openvino", ("fp32", "fp16", "bf16", "int8"), BOTH),
-    Format("coreml", ".mlpackage", "coreml", ("fp32", "fp16", "int8"), Free(batch=False, sides=True), 64),
-    Format("coreai", ".aimodel", "coreai", ("fp32", "fp16"), BOTH, 64),
-    Format("tensorrt", ".engine", "tensorrt", ("fp32", "fp16", "int8"), BOTH),
-    Format("executorch", ".pte", "executorch", ("fp32", "int8"), BOTH, 64),
-    Format("torch", ".pt2", "", ("fp32", "bf16"), BOTH, 64),
-    Format("aotinductor", ".aoti.pt2", "", ("fp32", "bf16"), BOTH, 64),
+    Format("onnx", ".onnx", "onnx", ("fp32", "fp16", "int8"), BOTH, needs=(*ONNX, "onnxruntime")),
+    Format("openvino", ".xml", "openvino", ("fp32", "fp16", "bf16", "int8"), BOTH, needs=(*ONNX, "openvino")),
+    Format(
+        "coreml",
+        ".mlpackage",
+        "coreml",
+        ("fp32", "fp16", "int8"),
+        Free(batch=False, sides=True),
+        open_from=64,
+        needs=("coremltools",),
+    ),
+    Format(
+        "coreai",
+        ".aimodel",
+        "coreai",
+        ("fp32", "fp16"),
+        BOTH,
+        open_from=64,
+        needs=("coreai_torch",),
+        elsewhere="nextvit writes Core AI files and does not run them yet; Xcode 27 opens {path}",
+    ),
+    Format(
+        "tensorrt",
+        ".engine",
+        "tensorrt",
+        ("fp32", "fp16", "int8"),
+        BOTH,
+        needs=(*ONNX, "onnxruntime"),
+        elsewhere="engines are run by TensorRT's own tools; nextvit opens the ONNX written beside one, {path}.onnx",
+    ),
+    Format("executorch", ".pte", "executorch", ("fp32", "int8"), BOTH, open_from=64, needs=("executorch.exir",)),
+    Format("torch", ".pt2", "", ("fp32", "bf16"), BOTH, open_from=64, program=True),
+    Format("aotinductor", ".aoti.pt2", "", ("fp32", "bf16"), BOTH, open_from=64, program=True),
 )
+RUN = tuple(fmt.name for fmt in FORMATS if not fmt.elsewhere)
 
 
 def format_named(name: str) -> Format:

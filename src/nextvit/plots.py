@@ -80,15 +80,13 @@ def latency(rows: Sequence[Row], path: Path) -> None:
     colours = [ORANGE if value == fastest else BLUE for value in medians]
     axes.barh(range(len(rows)), medians, xerr=whiskers, color=colours, ecolor=GREY, capsize=3, height=0.6)
     several = len({row.model for row in rows}) > 1
-    shown = [
-        (f"batch {row.batch}", f"{row.setup.threads} threads", f"{row.setup.runtime}, {row.setup.precision}")
-        for row in rows
-    ]
-    same = [len(set(column)) == 1 for column in list(zip(*shown, strict=True))[:2]] + [False]  # is said below instead
+    batches, threads = {row.batch for row in rows}, {row.setup.threads for row in rows}
     names = [
         f"{row.model}\n" * several
-        + ", ".join(part for part, one in zip(reversed(parts), reversed(same), strict=True) if not one)
-        for row, parts in zip(rows, shown, strict=True)
+        + f"{row.setup.runtime}, {row.setup.precision}"
+        + f", batch {row.batch}" * (len(batches) > 1)
+        + f", {row.setup.threads} threads" * (len(threads) > 1)
+        for row in rows
     ]
     axes.set_yticks(range(len(rows)), names, size=8 if several else 10)
     axes.invert_yaxis()
@@ -98,7 +96,7 @@ def latency(rows: Sequence[Row], path: Path) -> None:
         axes.annotate(text, (row.p75_ms / row.batch, index), (6, 0), textcoords="offset points", va="center", size=9)
     first = rows[0]
     axes.set_xlim(right=max(row.p75_ms / row.batch for row in rows) * 1.6)
-    fixed = "".join(f", {text}" for text, one in zip(shown[0], same, strict=True) if one)
+    fixed = f", batch {first.batch}" * (len(batches) == 1) + f", {first.setup.threads} threads" * (len(threads) == 1)
     told = f"ms for an image of {first.image_size} px{fixed}; ratio to the first row with its {CONFIDENCE:.0%} interval"
     axes.set(xlabel=told)
     axes.xaxis.label.set_size(9)

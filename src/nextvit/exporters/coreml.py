@@ -1,86 +1,68 @@
 """CoreML: an `.mlpackage` that takes an RGB image and answers with a label. fp32, fp16, int8."""
 
-import logging
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nextvit.exporters.calibration import Calibration
-from nextvit.exporters.program import Normalised, quantized_network, quiet, refuse, torch_program
-from nextvit.exporters.quantization import FASTEST, Plan, part_plans
+from nextvit.exporters.job import Job, Written
+from nextvit.exporters.program import Normalised, converting, quantized, quiet, torch_program
+from nextvit.exporters.quantization import Int8, Plan, part_plans, parts_in_float
 from nextvit.extras import need
 from nextvit.files import OPEN_SEAL, close_seal
-from nextvit.formats import Free
 from nextvit.metadata import Metadata
 from nextvit.runtime.coreml_session import METADATA_KEY, not_here
 
-int8_plans = part_plans
 SMALLEST, LARGEST = 64, 2048  # of free sides, pixels
 
 
-def write(
-    form: nn.Module,
-    path: Path,
-    metadata: Metadata,
-    *,
-    free: Free,
-    calibration: Calibration | None = None,
-    plan: Plan = FASTEST,
-) -> Path | None:
-    """Write an ML program for iOS 17, macOS 14 or later to the folder `path`.
+def write(job: Job) -> Written:
+    """Write an ML program for iOS 17, macOS 14 or later, a folder.
 
     Input `image`: RGB pixels of the size that preprocessing cuts; scaling and normalisation are in the graph. Outputs
     `label`, `label_probs` (a dictionary) and `logits`. A model of other than three channels takes normalised floats.
     """
-    logging.getLogger("coremltools").setLevel(logging.ERROR)
     with quiet():
         ct = need("coremltools", extra="coreml")
-    side, channels = metadata.preprocess.image_size, metadata.in_channels
-    shape = (1, channels, side, side)
-    network = form
-    largest = {"batch": 1, "side": LARGEST}
-    if calibration is not None:
-        network = quantized_network(network, shape, free, largest, _quantizer(plan), calibration)
-    if channels == 3:
+    metadata, largest = job.metadata, {"batch": 1, "side": LARGEST}
+    network = job.form if job.calibration is None else quantized(job, largest, _quantizer(job.plan))
+    if metadata.in_channels == 3:
         network = Normalised(network, metadata.preprocess.mean, metadata.preprocess.std)
-    open_shape = (1, channels, *(ct.RangeDim(SMALLEST, LARGEST, side) for _ in range(2 * free.sides)))
-    input_shape = ct.Shape(open_shape if free.sides else shape)
-    given = ct.ImageType if channels == 3 else ct.TensorType
-    layout = {"color_layout": ct.colorlayout.RGB} if channels == 3 else {}
-    precision = ct.precision.FLOAT32 if metadata.precision == "fp32" else ct.precision.FLOAT16
-    target = ct.target.iOS17
-    try:
-        with quiet():
-            milprogram = ct.convert(
-                torch_program(WithProbabilities(network), shape, free, largest).run_decompositions({}),
-                inputs=[given(name="image", shape=input_shape, **layout)],
-                outputs=[ct.TensorType(name="probabilities"), ct.TensorType(name="logits")],
-                convert_to="milinternal",
-                compute_precision=precision,
-                minimum_deployment_target=target,
-            )
-            # The converter puts label and dictionary in the place of the probabilities, and would then look up types of
-            # outputs by their old numbers.
-            milprogram.functions["main"].set_output_types(None)
-            package = ct.convert(
-                milprogram,
-                classifier_config=ct.ClassifierConfig(
-                    _labels(metadata), predicted_feature_name="label", predicted_probabilities_output="probabilities"
-                ),
-                convert_to="mlprogram",
-                compute_precision=precision,
-                minimum_deployment_target=target,
-            )
-    except (ValueError, NotImplementedError, RuntimeError, IndexError) as error:
-        raise refuse("coreml", error) from error
-    package.user_defined_metadata[METADATA_KEY] = metadata.to_json()
-    package.user_defined_metadata["sha256"] = OPEN_SEAL
-    package.short_description = f"{metadata.variant}, {metadata.num_classes} classes"
-    package.save(str(path))
-    close_seal(path)
-    return path if not_run() is None else None
+    target = {
+        "compute_precision": ct.precision.FLOAT32 if metadata.precision == "fp32" else ct.precision.FLOAT16,
+        "minimum_deployment_target": ct.target.iOS17,
+    }
+    with converting("coreml"):
+        milprogram = ct.convert(
+            torch_program(job, WithProbabilities(network), largest).run_decompositions({}),
+            inputs=[_input(ct, job)],
+            outputs=[ct.TensorType(name="probabilities"), ct.TensorType(name="logits")],
+            convert_to="milinternal",
+            **target,
+        )
+        # The converter puts label and dictionary in the place of the probabilities, and would then look up types of
+        # outputs by their old numbers.
+        milprogram.functions["main"].set_output_types(None)
+        classes = ct.ClassifierConfig(
+            _labels(metadata), predicted_feature_name="label", predicted_probabilities_output="probabilities"
+        )
+        package = ct.convert(milprogram, classifier_config=classes, convert_to="mlprogram", **target)
+        package.user_defined_metadata[METADATA_KEY] = metadata.to_json()
+        package.user_defined_metadata["sha256"] = OPEN_SEAL
+        package.short_description = f"{metadata.variant}, {metadata.num_classes} classes"
+        package.save(str(job.path))
+    close_seal(job.path)
+    return Written(job.path if not_here() is None else None, not_here())
+
+
+def _input(ct: Any, job: Job) -> Any:
+    """The description of the input: an RGB image, or with other channels an array."""
+    shape: tuple[Any, ...] = job.shape
+    if job.free.sides:
+        shape = (*shape[:2], *(ct.RangeDim(SMALLEST, LARGEST, side) for side in shape[2:]))
+    if job.metadata.in_channels == 3:
+        return ct.ImageType(name="image", shape=ct.Shape(shape), color_layout=ct.colorlayout.RGB)
+    return ct.TensorType(name="image", shape=ct.Shape(shape))
 
 
 class WithProbabilities(nn.Module):
@@ -119,11 +101,4 @@ def _labels(metadata: Metadata) -> list[str]:
     return [name if names.count(name) == 1 else f"{name} ({index})" for index, name in enumerate(names)]
 
 
-def float_layers(path: Path, plan: Plan) -> list[str]:
-    """Parts of an int8 file that are left in float."""
-    return list(plan.float_parts)
-
-
-def not_run() -> str | None:
-    """Why the file cannot be run here."""
-    return not_here()
+INT8 = Int8(("executorch.backends.apple.coreml.quantizer", "executorch"), part_plans, parts_in_float)

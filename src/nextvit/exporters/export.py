@@ -7,10 +7,9 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-
-from torch import nn
 
 from nextvit import __version__
 from nextvit.backbone import NextViT
@@ -19,15 +18,19 @@ from nextvit.errors import AccuracyError, ParityError, UserError
 from nextvit.exporters.calibration import Calibration, read_calibration
 from nextvit.exporters.example import write_example
 from nextvit.exporters.form import StageOutputs, export_form
+from nextvit.exporters.job import Job, Written
 from nextvit.exporters.parity import Parity, StageComparison, compare, compare_stages
-from nextvit.exporters.quantization import FASTEST, Accuracy, Plan, accuracy, logits_of, truth_of
+from nextvit.exporters.program import quiet
+from nextvit.exporters.quantization import Accuracy, accuracy, logits_of, truth_of
 from nextvit.extras import need
 from nextvit.files import replacing
 from nextvit.formats import FORMATS, Format, Free, format_named, format_of
 from nextvit.metadata import Metadata
 from nextvit.progress import say
 from nextvit.runtime.open import open_session
+from nextvit.runtime.session import Session
 from nextvit.runtime.torch_session import TorchSession
+from nextvit.trust import remember
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,54 @@ def export(
     AccuracyError where int8 loses more than max_drop; then nothing is left under `path`.
     """
     path = Path(path)
+    fmt = _checked(model, path, precision, calibration is not None, max_drop)
+    writer = import_module(f"nextvit.exporters.{fmt.name}")
+    metadata = replace(model.metadata.with_image_size(image_size), version=__version__, precision=precision)
+    images = None if calibration is None else read_calibration(calibration, model, metadata)
+    start = time.perf_counter()
+    free = fmt.left_open(metadata.preprocess.image_size, dynamic)
+    notes = images.notes if images else ()
+    if dynamic and fmt.free.sides and not free.sides:
+        notes = (*notes, f"the sides are fixed: {fmt.name} leaves them open from {fmt.open_from} pixels up only")
+    plain = copy.deepcopy(model).eval().cpu().float()
+    with replacing(path) as unfinished:
+        job = Job(export_form(plain, fixed=not free.sides), unfinished, metadata, free, images)
+        measured, parity = None, None
+        by_stage: tuple[StageComparison, ...] = ()
+        if images is None:
+            written = writer.write(job)
+        else:
+            written, measured, job = _write_int8(writer, plain, job, images, max_drop)
+        if written.opened is not None:
+            parity = compare(plain, _open(written.opened), free=free, precision=precision)
+            if stages:
+                by_stage = _compare_stages(writer, plain, fmt, job)
+            _insist(parity, path, by_stage)
+        size = sum(file.stat().st_size for file in unfinished.parent.rglob("*") if file.is_file())
+        if metadata.in_channels == 3:
+            file = (written.opened or unfinished).name
+            write_example(unfinished.with_name(f"{path.name}.example"), file, fmt.name, plain, metadata, parity)
+        if fmt.program:
+            remember(unfinished)
+        report = ExportReport(
+            str(path),
+            fmt.name,
+            precision,
+            bytes=size,
+            seconds=time.perf_counter() - start,
+            parity=parity,
+            stages=by_stage,
+            not_run=written.not_run,
+            accuracy=measured,
+            float_layers=tuple(writer.INT8.float_layers(written.opened, job.plan)) if measured else (),
+            notes=notes,
+        )
+        unfinished.with_name(f"{path.name}.json").write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
+    return report
+
+
+def _checked(model: NextViT, path: Path, precision: str, calibrated: bool, max_drop: float | None) -> Format:
+    """The format that is asked for; refused before any work starts where it cannot be."""
     fmt = format_of(path)
     if fmt is None:
         endings = ", ".join(f"{f.suffix} ({f.name})" for f in FORMATS)
@@ -95,66 +146,32 @@ def export(
     if model.features_only:
         raise UserError("a features_only model gives four maps; export the classifier, which ends in logits.")
     fmt.check(precision)
-    if (precision == "int8") != (calibration is not None):
-        what = "needs calibration images" if calibration is None else "alone takes calibration images"
+    if (precision == "int8") != calibrated:
+        what = "alone takes calibration images" if calibrated else "needs calibration images"
         raise UserError(f"int8 {what}; give a folder of images like those that the model will see, or `demo`.")
     if max_drop is not None and not max_drop >= 0:
         raise UserError(f"max_drop must be 0 or more points, not {max_drop}.")
-    writer = need(f"nextvit.exporters.{fmt.name}", extra=fmt.extra)
-    if precision == "int8":
-        need("nncf", extra="int8")
-    metadata = replace(model.metadata.with_image_size(image_size), version=__version__, precision=precision)
-    images = None if calibration is None else read_calibration(calibration, model, metadata)
-    start = time.perf_counter()
-    free = fmt.left_open(metadata.preprocess.image_size, dynamic)
-    notes = images.notes if images else ()
-    if dynamic and fmt.free.sides and not free.sides:
-        notes = (*notes, f"the sides are fixed: {fmt.name} leaves them open from {fmt.open_from} pixels up only")
-    form = export_form(model, fixed=not free.sides).cpu().float()
-    plain = copy.deepcopy(model).eval().cpu().float()
-    with replacing(path) as unfinished:
-        measured, plan, parity = None, FASTEST, None
-        by_stage: tuple[StageComparison, ...] = ()
-        if images is None:
-            opened = writer.write(form, unfinished, metadata, free=free)
-        else:
-            opened, measured, plan = _write_int8(writer, model, form, unfinished, metadata, free, images, max_drop)
-        if opened is not None:
-            parity = compare(plain, open_session(opened, device="cpu", trust=True), free=free, precision=precision)
-            if stages:
-                by_stage = _compare_stages(writer, plain, fmt, metadata, images, plan)
-            _insist(parity, path, by_stage)
-        size = sum(file.stat().st_size for file in unfinished.parent.rglob("*") if file.is_file())
-        if metadata.in_channels == 3:
-            file = (opened or unfinished).name
-            write_example(unfinished.with_name(f"{path.name}.example"), file, fmt.name, plain, metadata, parity)
-        report = ExportReport(
-            str(path),
-            fmt.name,
-            precision,
-            bytes=size,
-            seconds=time.perf_counter() - start,
-            parity=parity,
-            stages=by_stage,
-            not_run=writer.not_run(),
-            accuracy=measured,
-            float_layers=tuple(writer.float_layers(unfinished, plan)) if measured else (),
-            notes=notes,
-        )
-        unfinished.with_name(f"{path.name}.json").write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
-    return report
+    with quiet():  # some remark on what else is installed as they are imported
+        for module in fmt.needs:
+            need(module, extra=fmt.extra)
+        if precision == "int8":
+            module, extra = import_module(f"nextvit.exporters.{fmt.name}").INT8.needs
+            need(module, extra=extra)
+    return fmt
 
 
-def _compare_stages(
-    writer: ModuleType, model: NextViT, fmt: Format, metadata: Metadata, images: Calibration | None, plan: Plan
-) -> tuple[StageComparison, ...]:
+def _open(path: Path) -> Session:
+    """A file that was written a moment ago."""
+    return open_session(path, device="cpu", trust=True)
+
+
+def _compare_stages(writer: ModuleType, model: NextViT, fmt: Format, job: Job) -> tuple[StageComparison, ...]:
     """Write a second file whose output is all stages', of one size, and compare them; it is not kept."""
-    form = StageOutputs(export_form(model, fixed=True).cpu().float())
+    form = StageOutputs(export_form(model, fixed=True))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"stages{fmt.suffix}")
-        free = fmt.left_open(metadata.preprocess.image_size, dynamic=False)
-        opened = writer.write(form, path, metadata, free=free, calibration=images, plan=plan)
-        return compare_stages(model, open_session(opened, device="cpu", trust=True))
+        written = writer.write(replace(job, form=form, path=path, free=Free(batch=False, sides=False)))
+        return compare_stages(model, _open(written.opened))
 
 
 def _insist(parity: Parity, path: Path, stages: Sequence[StageComparison]) -> None:
@@ -169,33 +186,31 @@ def _insist(parity: Parity, path: Path, stages: Sequence[StageComparison]) -> No
 
 
 def _write_int8(
-    writer: ModuleType,
-    model: NextViT,
-    form: nn.Module,
-    path: Path,
-    metadata: Metadata,
-    free: Free,
-    images: Calibration,
-    max_drop: float | None,
-) -> tuple[Path | None, Accuracy | None, Plan]:
-    """Write in int8; if that loses too much, again with more of it in float. -> what to open, and what it loses."""
+    writer: ModuleType, model: NextViT, job: Job, images: Calibration, max_drop: float | None
+) -> tuple[Written, Accuracy | None, Job]:
+    """Write in int8; if that loses too much, again with more of it in float. -> the file, what it loses, its job."""
+    written = writer.write(job)
+    if written.opened is None:
+        return written, None, job
     eager = TorchSession(model, device="cpu", threads=None, precision="fp32")
     floats = logits_of(eager, images.measure, "measure the float model")
-    truth = truth_of(images.measure, floats)
-    measured = None
-    for plan in [FASTEST] if max_drop is None else writer.int8_plans(model, images, max_drop, truth):
-        if measured is not None:
-            say(f"int8 loses {measured.drop:.2f} points, {max_drop:g} are allowed; leaving more of it in float ...")
-        opened = writer.write(form, path, metadata, free=free, calibration=images, plan=plan)
-        if opened is None:
-            return None, None, plan
-        session = open_session(opened, device="cpu", trust=True)
-        measured = accuracy(images.measure, floats, logits_of(session, images.measure, "measure the int8 file"))
-        if max_drop is None or measured.drop <= max_drop:
-            return opened, measured, plan
-    assert measured is not None
+
+    def measure() -> Accuracy:
+        found = logits_of(_open(written.opened), images.measure, "measure the int8 file")
+        return accuracy(images.measure, floats, found)
+
+    measured = measure()
+    if max_drop is None or measured.drop <= max_drop:
+        return written, measured, job
+    for plan in writer.INT8.plans(model, images, max_drop, truth_of(images.measure, floats)):
+        say(f"int8 loses {measured.drop:.2f} points, {max_drop:g} are allowed; leaving more of it in float ...")
+        job = replace(job, plan=plan)
+        written = writer.write(job)
+        measured = measure()
+        if measured.drop <= max_drop:
+            return written, measured, job
     raise AccuracyError(
-        f"{path.name} was not written: in int8 it loses {measured.drop:.2f} points of {measured.metric} on "
+        f"{job.path.name} was not written: in int8 it loses {measured.drop:.2f} points of {measured.metric} on "
         f"{measured.images} images, and at most {max_drop:g} are allowed; calibrate on more images like those that the "
         "model will see, or accept it with --force."
     )

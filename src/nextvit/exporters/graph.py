@@ -4,30 +4,26 @@ import ast
 from typing import Any
 
 import torch
-from torch import nn
 
 from nextvit.exporters.form import InDtype
+from nextvit.exporters.job import Job
 from nextvit.exporters.program import quiet, torch_program
 from nextvit.extras import need
-from nextvit.formats import Free
-from nextvit.metadata import Metadata
 
 OPSET = 20
 
 
-def onnx_graph(form: nn.Module, metadata: Metadata, *, free: Free, extra: str, half: bool = False) -> Any:
+def onnx_graph(job: Job, *, half: bool = False) -> Any:
     """An onnx.ModelProto with input `image` (B, C, H, W) and output `logits` (B, classes).
 
     half: weights and arithmetic in fp16; input and output stay float32. A node that computes a layer has the layer's
     name and its operator: `stages.0.blocks.1.mlp.fc1/Conv`.
     """
-    need("onnxscript", extra=extra)
-    onnxslim = need("onnxslim", extra=extra)
-    side = metadata.preprocess.image_size
-    network = InDtype(form, torch.float16) if half else form
+    onnxslim = need("onnxslim", extra="onnx")
+    network = InDtype(job.form, torch.float16) if half else job.form
     with quiet():
         program = torch.onnx.export(
-            torch_program(network, (1, metadata.in_channels, side, side), free),
+            torch_program(job, network),
             dynamo=True,
             input_names=["image"],
             output_names=["logits"],

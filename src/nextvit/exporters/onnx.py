@@ -5,41 +5,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 
-from nextvit.exporters.calibration import Calibration
 from nextvit.exporters.graph import onnx_graph
-from nextvit.exporters.quantization import FASTEST, Plan, nncf_plans, quantize
+from nextvit.exporters.job import Job, Written
+from nextvit.exporters.quantization import Int8, Plan, nncf_plans, quantize
 from nextvit.extras import need
 from nextvit.files import OPEN_SEAL, close_seal
-from nextvit.formats import Free
 from nextvit.metadata import Metadata
 from nextvit.runtime.onnxruntime_session import METADATA_KEY
 
-int8_plans = nncf_plans
 
-
-def write(
-    form: nn.Module,
-    path: Path,
-    metadata: Metadata,
-    *,
-    free: Free,
-    calibration: Calibration | None = None,
-    plan: Plan = FASTEST,
-) -> Path | None:
-    """Write the export form of a model to `path` in the precision that `metadata` names."""
-    graph = onnx_graph(
-        form,
-        metadata,
-        free=free,
-        half=metadata.precision == "fp16",
-        extra="onnx",
-    )
-    if calibration is not None:
-        graph = quantize(graph, calibration, _forward, plan)
-    save(graph, path, metadata)
-    return path
+def write(job: Job) -> Written:
+    """Write an ONNX file."""
+    graph = onnx_graph(job, half=job.metadata.precision == "fp16")
+    if job.calibration is not None:
+        graph = quantize(graph, job.calibration, _forward, job.plan)
+    save(graph, job.path, job.metadata)
+    return Written(job.path)
 
 
 def save(graph: Any, path: Path, metadata: Metadata) -> None:
@@ -70,6 +52,4 @@ def float_layers(path: Path, plan: Plan) -> list[str]:
     return [node.name for node in nodes if node.op_type in ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul")]
 
 
-def not_run() -> str | None:
-    """Why the file cannot be run here."""
-    return None
+INT8 = Int8(("nncf", "int8"), nncf_plans, float_layers)

@@ -5,56 +5,39 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 
-from nextvit.exporters.calibration import Calibration
 from nextvit.exporters.graph import onnx_graph
-from nextvit.exporters.quantization import FASTEST, Plan, nncf_plans, quantize
+from nextvit.exporters.job import Job, Written
+from nextvit.exporters.quantization import Int8, Plan, nncf_plans, quantize
 from nextvit.extras import need
 from nextvit.files import OPEN_SEAL, close_seal
-from nextvit.formats import Free
 from nextvit.metadata import Metadata
 from nextvit.runtime.openvino_session import METADATA_KEY, insist_on
 
-int8_plans = nncf_plans
 
-
-def write(
-    form: nn.Module,
-    path: Path,
-    metadata: Metadata,
-    *,
-    free: Free,
-    calibration: Calibration | None = None,
-    plan: Plan = FASTEST,
-) -> Path | None:
-    """Write the export form of a model to `path` (.xml) and its .bin, in the precision that `metadata` names.
+def write(job: Job) -> Written:
+    """Write an .xml and its .bin.
 
     fp16 halves the weights; in what a CPU computes then is the session's choice. bf16 has fp32 weights and is computed
     in bf16.
     """
     ov = need("openvino", extra="openvino")
     onnx = need("onnx", extra="openvino")
-    if metadata.precision == "bf16":
+    if job.metadata.precision == "bf16":
         insist_on("bf16")  # else it could not be checked
-    graph = onnx_graph(
-        form,
-        metadata,
-        free=free,
-        extra="openvino",
-    )
+    graph = onnx_graph(job)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "model.onnx")
         onnx.save(graph, source)
         ir = ov.Core().read_model(source)
-        if calibration is not None:
+        if job.calibration is not None:
             _make_group_weights_constant(ir, ov)
-            ir = quantize(ir, calibration, _forward, plan)
-        ir.set_rt_info(metadata.to_json(), [METADATA_KEY, "metadata"])
+            ir = quantize(ir, job.calibration, _forward, job.plan)
+        ir.set_rt_info(job.metadata.to_json(), [METADATA_KEY, "metadata"])
         ir.set_rt_info(OPEN_SEAL, [METADATA_KEY, "sha256"])
-        ov.save_model(ir, path, compress_to_fp16=metadata.precision == "fp16")
-    close_seal(path)
-    return path
+        ov.save_model(ir, job.path, compress_to_fp16=job.metadata.precision == "fp16")
+    close_seal(job.path)
+    return Written(job.path)
 
 
 def _make_group_weights_constant(ir: Any, ov: Any) -> None:
@@ -94,6 +77,4 @@ def layers_run(path: Path) -> list[tuple[str, str, str]]:
     return [(name, info["layerType"].astype(str), info["primitiveType"].astype(str)) for name, info in notes]
 
 
-def not_run() -> str | None:
-    """Why the file cannot be run here."""
-    return None
+INT8 = Int8(("nncf", "int8"), nncf_plans, float_layers)

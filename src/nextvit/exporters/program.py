@@ -11,27 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from nextvit.errors import UserError
-from nextvit.exporters.calibration import Calibration
+from nextvit.exporters.job import Job
 from nextvit.extras import need
-from nextvit.formats import Free
 from nextvit.progress import track
 
-LARGEST = {"batch": 64, "side": 4096}  # of what stays open, where the format has to know
+LARGEST = {"batch": 8192, "side": 8192}  # of what stays open, where a format plans nothing by it
 
 
-def torch_program(
-    network: nn.Module, shape: tuple[int, int, int, int], free: Free, largest: dict[str, int] = LARGEST
-) -> torch.export.ExportedProgram:
-    """The program of a network with one input (B, C, H, W), which has `shape` where it is not free.
+def torch_program(job: Job, network: nn.Module, largest: dict[str, int] = LARGEST) -> torch.export.ExportedProgram:
+    """The program of a network made of the job's form: one input (B, C, H, W), of the job's shape where it is not free.
 
     torch proves free sides from 64 pixels up: below, maps inside have one pixel, which it takes for a constant. (An
     ONNX graph made of the program holds from 32: tests/test_export.py.)
     """
-    batch, channels, height, width = shape
+    batch, channels, height, width = job.shape
     dims: dict[int, Any] = {}
-    if free.batch:  # an example of one, or of equal sides, can be taken for a constant
+    if job.free.batch:  # an example of one, or of equal sides, can be taken for a constant
         batch, dims[0] = 2, torch.export.Dim("batch", min=1, max=largest["batch"])
-    if free.sides:
+    if job.free.sides:
         height, width = 96, 128
         dims[2], dims[3] = (torch.export.Dim(name, min=64, max=largest["side"]) for name in ("height", "width"))
     example = torch.zeros(batch, channels, height, width)
@@ -39,20 +36,15 @@ def torch_program(
         return torch.export.export(network, (example,), dynamic_shapes=(dims,) if dims else None)
 
 
-def quantized_network(
-    network: nn.Module,
-    shape: tuple[int, int, int, int],
-    free: Free,
-    largest: dict[str, int],
-    quantizer: Any,
-    calibration: Calibration,
-) -> nn.Module:
-    """The network with the rounding of `quantizer` in it, its ranges taken from the images to calibrate on."""
+def quantized(job: Job, largest: dict[str, int], quantizer: Any) -> nn.Module:
+    """The job's form with the rounding of a PT2E quantiser in it, its ranges taken from the images to calibrate on."""
+    assert job.calibration is not None
     pt2e = need("torchao.quantization.pt2e.quantize_pt2e", extra="executorch")
+    images = job.calibration.calibrate
     with quiet():
-        prepared = pt2e.prepare_pt2e(torch_program(network, shape, free, largest).module(), quantizer)
+        prepared = pt2e.prepare_pt2e(torch_program(job, job.form, largest).module(), quantizer)
     with torch.no_grad():
-        for image in track(calibration.calibrate, total=len(calibration.calibrate), label="calibrate"):
+        for image in track(images, total=len(images), label="calibrate"):
             prepared(torch.from_numpy(image))
     with quiet():
         return pt2e.convert_pt2e(prepared)
@@ -88,7 +80,14 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def refuse(format_name: str, error: Exception) -> UserError:
-    """One sentence for a converter that cannot take the model: which operator and why, in its own words."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return UserError(f"{format_name} cannot take this model: {lines[0] if lines else type(error).__name__}")
+@contextlib.contextmanager
+def converting(format_name: str) -> Iterator[None]:
+    """Run a converter quietly; what it cannot take is said in one sentence of its own words: which operator and why."""
+    try:
+        with quiet():
+            yield
+    except UserError:
+        raise
+    except Exception as error:  # converters raise kinds of their own, bare exceptions among them
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise UserError(f"{format_name} cannot take this model: {(lines or [type(error).__name__])[0]}") from error

@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,16 +41,28 @@ class Plan:
 FASTEST = Plan()
 
 
+@dataclass(frozen=True)
+class Int8:
+    """How a format is quantised."""
+
+    needs: tuple[str, str]  # a module, and the extra that brings it
+    plans: Callable[[NextViT, Calibration, float, np.ndarray], Iterator[Plan]]  # what to try after FASTEST, in turn
+    float_layers: Callable[[Path, Plan], list[str]]  # of a written file: what is computed in float
+
+
+def parts_in_float(path: Path, plan: Plan) -> list[str]:
+    """Of formats whose runtime gives no report: the parts that the plan left out."""
+    return list(plan.float_parts)
+
+
 def nncf_plans(model: NextViT, calibration: Calibration, max_drop: float, truth: np.ndarray) -> Iterator[Plan]:
-    """What to try in turn with NNCF, from the fastest to the most accurate."""
-    yield FASTEST
+    """What to try in turn with NNCF where all int8 loses too much, from the fastest to the most accurate."""
     yield Plan(float_residual=True)
     yield Plan(float_residual=True, max_drop=max_drop, truth=truth)
 
 
 def part_plans(model: NextViT, calibration: Calibration, max_drop: float, truth: np.ndarray) -> Iterator[Plan]:
     """What to try in turn with quantisers that only can leave out: more and more of the sensitive parts stay float."""
-    yield FASTEST
     ranked = sensitive_parts(model, calibration.calibrate)
     for share in SHARES:
         yield Plan(float_parts=tuple(ranked[: math.ceil(share * len(ranked))]))
@@ -60,7 +73,7 @@ def sensitive_parts(model: NextViT, images: Images) -> list[str]:
 
     Rounded are weights (a scale a channel) and inputs (one scale) of its convolutions and linear layers.
     """
-    network = export_form(model, fixed=False).float()
+    network = export_form(model, fixed=False).cpu().float()
     parts = {
         name: module
         for name, module in network.named_modules()

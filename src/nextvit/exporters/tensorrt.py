@@ -13,64 +13,46 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 
-from nextvit.exporters.calibration import Calibration, Images
+from nextvit.exporters.calibration import Images
 from nextvit.exporters.graph import onnx_graph
+from nextvit.exporters.job import Job, Written
 from nextvit.exporters.onnx import save
-from nextvit.exporters.program import quiet, refuse
-from nextvit.exporters.quantization import FASTEST, Plan, part_plans
+from nextvit.exporters.program import converting, quiet
+from nextvit.exporters.quantization import Int8, Plan, part_plans, parts_in_float
 from nextvit.extras import need
-from nextvit.formats import Free
-from nextvit.metadata import Metadata
 
-int8_plans = part_plans
 BATCHES = (1, 8, 32)  # least, tuned for, largest
 BUILDER = "trtexec"
 
 
-def write(
-    form: nn.Module,
-    path: Path,
-    metadata: Metadata,
-    *,
-    free: Free,
-    calibration: Calibration | None = None,
-    plan: Plan = FASTEST,
-) -> Path | None:
-    """Write PATH.onnx and PATH.sh, and run the second where TensorRT's trtexec is, which makes `path`."""
-    graph = onnx_graph(
-        form,
-        metadata,
-        free=free,
-        half=metadata.precision == "fp16",
-        extra="tensorrt",
-    )
-    if calibration is not None:
-        graph = _quantize(graph, calibration.calibrate, plan)
-    source, script = onnx_beside(path), path.with_name(f"{path.name}.sh")
-    save(graph, source, metadata)
-    command = build_command(path.name, source.name, metadata, free)
-    script.write_text(f'#!/bin/sh\ncd "$(dirname "$0")" && {shlex.join(command)}\n', encoding="utf-8")
-    if not_run() is None:
-        done = subprocess.run(command, cwd=path.parent, capture_output=True, text=True)
+def write(job: Job) -> Written:
+    """Write PATH.onnx and PATH.sh, and run the second where TensorRT's trtexec is, which makes PATH."""
+    graph = onnx_graph(job, half=job.metadata.precision == "fp16")
+    if job.calibration is not None:
+        graph = _quantize(graph, job.calibration.calibrate, job.plan)
+    source = job.path.with_name(f"{job.path.name}.onnx")
+    save(graph, source, job.metadata)
+    command = build_command(job, source.name)
+    script = f'#!/bin/sh\ncd "$(dirname "$0")" && {shlex.join(command)}\n'
+    job.path.with_name(f"{job.path.name}.sh").write_text(script, encoding="utf-8")
+    if shutil.which(BUILDER) is None:
+        return Written(source, f"needs TensorRT: there is no {BUILDER} here")
+    with converting("tensorrt"):
+        done = subprocess.run(command, cwd=job.path.parent, capture_output=True, text=True)
         if done.returncode:
-            raise refuse("tensorrt", RuntimeError(done.stderr or done.stdout))
-    return source
+            raise RuntimeError(done.stderr or done.stdout)
+    return Written(source)
 
 
-def build_command(engine: str, source: str, metadata: Metadata, free: Free) -> list[str]:
+def build_command(job: Job, source: str) -> list[str]:
     """What builds the engine: sides from 32 pixels to twice the model's own size, where they are free."""
-    side, channels = metadata.preprocess.image_size, metadata.in_channels
-    command = [BUILDER, f"--onnx={source}", f"--saveEngine={engine}", "--stronglyTyped"]
-    if free.batch or free.sides:
+    _, channels, side, _ = job.shape
+    command = [BUILDER, f"--onnx={source}", f"--saveEngine={job.path.name}", "--stronglyTyped"]
+    if job.free.batch or job.free.sides:
         bounds = zip(("min", "opt", "max"), BATCHES, (32, side, 2 * side), strict=True)
         command += [f"--{what}Shapes=image:{batch}x{channels}x{pixels}x{pixels}" for what, batch, pixels in bounds]
     return command
-
-
-def onnx_beside(path: Path) -> Path:
-    return path.with_name(f"{path.name}.onnx")
 
 
 def _quantize(graph: Any, images: Images, plan: Plan) -> Any:
@@ -109,11 +91,4 @@ def _quantize(graph: Any, images: Images, plan: Plan) -> Any:
         return onnx.load(result)
 
 
-def float_layers(path: Path, plan: Plan) -> list[str]:
-    """Parts of an int8 file that are left in float."""
-    return list(plan.float_parts)
-
-
-def not_run() -> str | None:
-    """Why the engine is not built here; its ONNX is compared in any case."""
-    return None if shutil.which(BUILDER) else f"needs TensorRT: there is no {BUILDER} here"
+INT8 = Int8(("onnxruntime.quantization", "tensorrt"), part_plans, parts_in_float)

@@ -4,42 +4,29 @@ import zipfile
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from nextvit.devices import DTYPES, pick_precision
-from nextvit.exporters.calibration import Calibration
 from nextvit.exporters.form import InDtype
+from nextvit.exporters.job import Job, Written
 from nextvit.exporters.program import quiet, torch_program
-from nextvit.exporters.quantization import FASTEST, Plan
 from nextvit.files import OPEN_SEAL, close_seal
-from nextvit.formats import Free
 from nextvit.metadata import Metadata
 from nextvit.runtime.torch_program_session import METADATA_ENTRY
-from nextvit.trust import remember
 
 
-def write(
-    form: nn.Module,
-    path: Path,
-    metadata: Metadata,
-    *,
-    free: Free,
-    calibration: Calibration | None = None,
-    plan: Plan = FASTEST,
-) -> Path | None:
-    """Write the program of an export form, in the precision that `metadata` names, to `path`."""
+def write(job: Job) -> Written:
+    """Write the program."""
     with quiet():
-        torch.export.save(program(form, metadata, free), path)
-    add_metadata(path, metadata)
-    return path
+        torch.export.save(program(job), job.path)
+    add_metadata(job.path, job.metadata)
+    return Written(job.path)
 
 
-def program(form: nn.Module, metadata: Metadata, free: Free) -> torch.export.ExportedProgram:
-    """The program in the precision that `metadata` names; refused where this CPU only emulates it."""
-    pick_precision(metadata.precision, torch.device("cpu"))
-    side = metadata.preprocess.image_size
-    network = form if metadata.precision == "fp32" else InDtype(form, DTYPES[metadata.precision])
-    return torch_program(network, (1, metadata.in_channels, side, side), free)
+def program(job: Job) -> torch.export.ExportedProgram:
+    """The program in the precision that the metadata names; refused where this CPU only emulates it."""
+    precision = job.metadata.precision
+    pick_precision(precision, torch.device("cpu"))
+    return torch_program(job, job.form if precision == "fp32" else InDtype(job.form, DTYPES[precision]))
 
 
 def add_metadata(path: Path, metadata: Metadata) -> None:
@@ -49,9 +36,3 @@ def add_metadata(path: Path, metadata: Metadata) -> None:
         archive.writestr(f"{root}/{METADATA_ENTRY}", metadata.to_json())
         archive.comment = OPEN_SEAL.encode()
     close_seal(path)
-    remember(path)
-
-
-def not_run() -> str | None:
-    """Why the file cannot be run here."""
-    return None

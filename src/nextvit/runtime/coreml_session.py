@@ -9,9 +9,8 @@ from PIL import Image
 from nextvit.data.images import pixels
 from nextvit.errors import UserError
 from nextvit.extras import need, version
-from nextvit.files import check_seal
 from nextvit.metadata import Metadata
-from nextvit.runtime.session import Setup
+from nextvit.runtime.session import Setup, insist_on_seal, own_precision
 
 METADATA_KEY = "nextvit"
 UNITS = {"auto": "ALL", "cpu": "CPU_ONLY", "gpu": "CPU_AND_GPU", "ane": "CPU_AND_NE"}
@@ -33,19 +32,14 @@ class CoreMLSession:
         ct = need("coremltools", extra="coreml")
         if device not in UNITS:
             raise UserError(f"CoreML has no device {device!r}; take one of {', '.join(UNITS)}.")
-        if not check_seal(path):
-            raise UserError(
-                f"{path} has no nextvit metadata, so its preprocessing is unknown; make it with `nextvit export`."
-            )
+        insist_on_seal(path)
         try:
             self._model = ct.models.MLModel(str(path), compute_units=getattr(ct.ComputeUnit, UNITS[device]))
             notes = self._model.user_defined_metadata[METADATA_KEY]
         except (RuntimeError, KeyError) as error:
             raise UserError(f"{path} cannot be opened by CoreML; export it again.") from error
         self.metadata = Metadata.from_json(notes, str(path))
-        own = self.metadata.precision
-        if precision not in (None, own):
-            raise UserError(f"CoreML computes this file in {own}, not in {precision}; leave --precision out.")
+        own = own_precision(self.metadata, precision, "CoreML")
         self.setup = Setup(f"coreml, coremltools {version('coremltools')}", UNITS[device].lower(), own, threads or 0)
 
     def __call__(self, batch: np.ndarray) -> np.ndarray:

@@ -13,9 +13,8 @@ import torch
 from nextvit.devices import cpu_count
 from nextvit.errors import UserError
 from nextvit.extras import need, version
-from nextvit.files import check_seal
 from nextvit.metadata import Metadata
-from nextvit.runtime.session import Setup
+from nextvit.runtime.session import Setup, insist_on_cpu, insist_on_seal, own_precision
 
 METADATA_METHOD, SEAL_METHOD = "nextvit", "sha256"
 LARGEST_BATCH = 8  # of a file with a free batch; larger ones are run in parts
@@ -30,12 +29,8 @@ class ExecuTorchSession:
     def __init__(self, path: Path, *, device: str, threads: int | None, precision: str | None):
         runtime = need("executorch.runtime", extra="executorch")
         bindings = need("executorch.extension.pybindings._C", extra="executorch")
-        if device not in ("auto", "cpu"):
-            raise UserError(f"ExecuTorch files run on the CPU here, not on {device!r}; leave --device out.")
-        if not check_seal(path):
-            raise UserError(
-                f"{path} has no nextvit metadata, so its preprocessing is unknown; make it with `nextvit export`."
-            )
+        insist_on_cpu(device, "ExecuTorch files")
+        insist_on_seal(path)
         used = next((session.setup.threads for session in OPEN), None)
         wanted = threads or used or cpu_count()
         if used not in (None, wanted):
@@ -56,9 +51,7 @@ class ExecuTorchSession:
                 f"{path} cannot be opened by ExecuTorch {version('executorch')}; export it again."
             ) from error
         self.metadata = Metadata.from_json(notes, str(path))
-        own = self.metadata.precision
-        if precision not in (None, own):
-            raise UserError(f"ExecuTorch computes this file in {own}, not in {precision}; leave --precision out.")
+        own = own_precision(self.metadata, precision, "ExecuTorch")
         shape = self._method.metadata.input_tensor_meta(0).sizes()
         self.fixed_batch = 1 if shape[0] == 1 else None
         self._largest = tuple(shape[2:])

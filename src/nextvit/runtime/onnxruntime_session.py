@@ -9,7 +9,7 @@ from nextvit.errors import UserError
 from nextvit.extras import need
 from nextvit.files import check_seal
 from nextvit.metadata import Metadata
-from nextvit.runtime.session import Setup
+from nextvit.runtime.session import Setup, no_metadata, own_precision
 
 METADATA_KEY = "nextvit"
 PROVIDERS = {  # by --device; all but the CPU come with other builds of ONNX Runtime
@@ -39,15 +39,11 @@ class OnnxRuntimeSession:
         except Exception as error:  # protobuf and onnx raise many kinds on a damaged file
             raise UserError(f"{path} is no ONNX file, or is damaged; export it again.") from error
         if METADATA_KEY not in notes or not sealed:
-            raise UserError(
-                f"{path} has no nextvit metadata, so its preprocessing is unknown; make it with `nextvit export`."
-            )
+            raise no_metadata(path)
         if outside:
             raise UserError(f"{path} keeps tensors in other files, which nextvit never writes; export it again.")
         self.metadata = Metadata.from_json(notes[METADATA_KEY], str(path))
-        own = self.metadata.precision
-        if precision not in (None, own):
-            raise UserError(f"ONNX Runtime computes this file in {own}, not in {precision}; leave --precision out.")
+        own = own_precision(self.metadata, precision, "ONNX Runtime")
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or cpu_count()
         options.inter_op_num_threads = 1

@@ -23,11 +23,6 @@ EXPORTED: dict[str, Callable[..., Session]] = {
     "torch": TorchProgramSession,
     "aotinductor": TorchProgramSession,
 }
-PROGRAMS = ("torch", "aotinductor")  # files that run as they are opened
-ELSEWHERE = {
-    "tensorrt": "engines are run by TensorRT's own tools; nextvit opens the ONNX written beside one, {path}.onnx",
-    "coreai": "nextvit writes Core AI files and does not run them yet; Xcode 27 opens {path}",
-}
 
 
 def open_model(model: str | Path, weights: str | None = None) -> NextViT:
@@ -67,9 +62,9 @@ def open_session(
         return TorchSession(open_model(model, weights), device=device, threads=threads, precision=precision)
     if weights is not None:
         raise UserError(f"--weights goes with a variant's name ({', '.join(list_models())}), not with {model}.")
-    if fmt.name in ELSEWHERE:
-        raise UserError(f"{ELSEWHERE[fmt.name].format(path=path)}.")
+    if fmt.elsewhere:
+        raise UserError(f"{fmt.elsewhere.format(path=path)}.")
     if not path.exists():
         raise UserError(f"there is no file {path}; `nextvit export` makes one.")
-    only = {"trust": trust} if fmt.name in PROGRAMS else {}
+    only = {"trust": trust} if fmt.program else {}
     return EXPORTED[fmt.name](path, device=device, threads=threads, precision=precision, **only)

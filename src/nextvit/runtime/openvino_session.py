@@ -11,7 +11,7 @@ from nextvit.errors import UserError
 from nextvit.extras import need
 from nextvit.files import check_seal
 from nextvit.metadata import Metadata
-from nextvit.runtime.session import Setup
+from nextvit.runtime.session import Setup, insist_on_cpu, no_metadata
 
 METADATA_KEY = "nextvit"
 HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
@@ -42,8 +42,7 @@ class OpenVINOSession:
 
     def __init__(self, path: Path, *, device: str, threads: int | None, precision: str | None):
         ov = need("openvino", extra="openvino")
-        if device not in ("auto", "cpu"):
-            raise UserError(f"OpenVINO files run on the CPU here, not on {device!r}; leave --device out.")
+        insist_on_cpu(device, "OpenVINO files")
         sealed = check_seal(path)
         self._core = ov.Core()
         try:
@@ -53,9 +52,7 @@ class OpenVINOSession:
         except RuntimeError as error:
             raise UserError(f"{path} is no OpenVINO file, or is damaged; export it again.") from error
         if notes is None or not sealed:
-            raise UserError(
-                f"{path} has no nextvit metadata, so its preprocessing is unknown; make it with `nextvit export`."
-            )
+            raise no_metadata(path)
         self.metadata = Metadata.from_json(notes, str(path))
         float_part, shown = self._precisions(precision)
         self._config = {

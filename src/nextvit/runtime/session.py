@@ -1,10 +1,13 @@
 """A session: an open model on one runtime, with what it was really opened with."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from nextvit.errors import UserError
+from nextvit.files import check_seal
 from nextvit.metadata import Metadata
 
 
@@ -16,6 +19,29 @@ class Setup:
     device: str
     precision: str  # of the arithmetic
     threads: int
+
+
+def insist_on_seal(path: Path) -> None:
+    """Raise UserError for a file that is damaged, or that nextvit did not write."""
+    if not check_seal(path):
+        raise no_metadata(path)
+
+
+def no_metadata(path: Path) -> UserError:
+    return UserError(f"{path} has no nextvit metadata, so its preprocessing is unknown; make it with `nextvit export`.")
+
+
+def insist_on_cpu(device: str, files: str) -> None:
+    """Raise UserError for another device. files: such as "OpenVINO files"."""
+    if device not in ("auto", "cpu"):
+        raise UserError(f"{files} run on the CPU here, not on {device!r}; leave --device out.")
+
+
+def own_precision(metadata: Metadata, asked: str | None, runtime: str) -> str:
+    """The precision of a file that is computed in the one that it was made in."""
+    if asked not in (None, metadata.precision):
+        raise UserError(f"{runtime} computes this file in {metadata.precision}, not in {asked}; leave --precision out.")
+    return metadata.precision
 
 
 class Session(Protocol):

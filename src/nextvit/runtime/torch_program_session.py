@@ -11,9 +11,8 @@ import torch
 
 from nextvit.devices import set_threads
 from nextvit.errors import UserError
-from nextvit.files import check_seal
 from nextvit.metadata import Metadata
-from nextvit.runtime.session import Setup
+from nextvit.runtime.session import Setup, insist_on_cpu, insist_on_seal, own_precision
 from nextvit.trust import read_trusted
 
 METADATA_ENTRY = "extra/nextvit.json"
@@ -23,12 +22,8 @@ class TorchProgramSession:
     """Runs on torch's CPU operators. `trust`: open it whoever wrote it."""
 
     def __init__(self, path: Path, *, device: str, threads: int | None, precision: str | None, trust: bool = False):
-        if device not in ("auto", "cpu"):
-            raise UserError(f"{path.name} was made for the CPU, not for {device!r}; leave --device out.")
-        if not check_seal(path):
-            raise UserError(
-                f"{path} has no nextvit metadata, so its preprocessing is unknown; make it with `nextvit export`."
-            )
+        insist_on_cpu(device, "torch programs")
+        insist_on_seal(path)
         data = read_trusted(path, trust)
         try:
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -38,9 +33,7 @@ class TorchProgramSession:
             raise UserError(f"{path} is no program of nextvit, or is damaged; export it again.") from error
         compiled = path.name.endswith(".aoti.pt2")
         self.metadata = Metadata.from_json(notes, str(path))
-        own = self.metadata.precision
-        if precision not in (None, own):
-            raise UserError(f"torch computes this file in {own}, not in {precision}; leave --precision out.")
+        own = own_precision(self.metadata, precision, "torch")
         kind = "AOTInductor" if compiled else "program"
         self.setup = Setup(f"torch {torch.__version__.partition('+')[0]}, {kind}", "cpu", own, set_threads(threads))
         try:
