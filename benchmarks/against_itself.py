@@ -13,8 +13,8 @@ import nextvit
 from nextvit.benchmark import benchmark
 from nextvit.exporters.export import export
 from nextvit.formats import RUN, format_named
-from nextvit.runtime.coreml_session import not_here
 from nextvit.report import latency_lines
+from nextvit.runtime.coreml_session import not_here
 from nextvit.runtime.open import open_session
 
 if __name__ == "__main__":
