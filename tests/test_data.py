@@ -17,7 +17,7 @@ from nextvit.data.loader import batches, eval_transform, shuffled
 from nextvit.data.sources import expand
 from nextvit.errors import UserError
 from nextvit.exporters.parity import real_images
-from nextvit.metadata import Preprocess
+from nextvit.metadata import Metadata, Preprocess
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +215,11 @@ def test_a_rejected_image_is_reported_and_never_replaced(workers, photograph, tm
     for path in planted:
         path.write_bytes(b"broken")
     split = read_split(root, "train")
-    got = list(batches(split, eval_transform(Preprocess(32)), batch_size=4, workers=workers))
+    got = list(
+        batches(
+            split, eval_transform(Metadata("nextvit_nano", preprocess=Preprocess(32))), batch_size=4, workers=workers
+        )
+    )
     seen = [int(i) for batch in got for i in batch.indices]
     rejected = {split.files[i]: why for batch in got for i, why in batch.rejected}
     assert set(rejected) == set(planted) & set(split.files)

@@ -111,10 +111,11 @@ def _run_and_fail(command, folder):
     (folder / "logits.f32").write_bytes(kept[1])
 
 
-def test_the_example_of_openvino_runs_in_python_and_compiles_and_runs_in_cpp(model, tmp_path):
+@pytest.mark.parametrize("preprocess", [False, True])
+def test_the_example_of_openvino_runs_in_python_and_compiles_and_runs_in_cpp(preprocess, model, tmp_path):
     import openvino
 
-    nextvit.export(model, tmp_path / "m o.xml", image_size=64)
+    nextvit.export(model, tmp_path / "m o.xml", image_size=64, preprocess=preprocess)
     folder = tmp_path / "m o.xml.example"
     _run_and_fail([sys.executable, str(folder / "run.py")], folder)
     home = Path(openvino.__file__).parent
@@ -125,8 +126,9 @@ def test_the_example_of_openvino_runs_in_python_and_compiles_and_runs_in_cpp(mod
     _run_and_fail([str(folder / "run")], folder)
 
 
-def test_the_example_of_onnx_runs_in_python_and_in_javascript(model, tmp_path):
-    nextvit.export(model, tmp_path / 'a "b" #1.onnx', image_size=64, dynamic=False)
+@pytest.mark.parametrize("preprocess", [False, True])
+def test_the_example_of_onnx_runs_in_python_and_in_javascript(preprocess, model, tmp_path):
+    nextvit.export(model, tmp_path / 'a "b" #1.onnx', image_size=64, dynamic=False, preprocess=preprocess)
     folder = tmp_path / 'a "b" #1.onnx.example'
     _run_and_fail([sys.executable, str(folder / "run.py")], folder)
     if shutil.which("npm") is None:

@@ -66,8 +66,11 @@ def benchmark(
     inputs, calls = [], []
     rows = [(name, session, batch) for name, session in sessions for batch in batches]
     for name, session, batch in track(rows, total=len(rows), label="warm up"):
-        size = image_size or session.metadata.preprocess.image_size
-        inputs.append(rng.standard_normal((batch, session.metadata.in_channels, size, size), dtype=np.float32))
+        metadata = session.metadata
+        size = image_size or metadata.preprocess.image_size
+        shape = metadata.input_shape(batch, size, size)
+        pixels = metadata.takes_pixels
+        inputs.append(rng.integers(0, 256, shape, np.uint8) if pixels else rng.standard_normal(shape, np.float32))
         calls.append(_calls_a_round(name, session, inputs[-1]))
     times = np.zeros((rounds, len(rows)))
     for number in track(range(rounds), total=rounds, label="measure"):
@@ -79,7 +82,15 @@ def benchmark(
                 session(images)
             times[number, index] = (time.perf_counter() - start) / calls[index]
     return [
-        _row(name, session, times[:, i], times[:, 0] / batches[0], batch, inputs[i].shape[-1], calls[i] * rounds)
+        _row(
+            name,
+            session,
+            times[:, i],
+            times[:, 0] / batches[0],
+            batch,
+            session.metadata.sides(inputs[i].shape)[0],
+            calls[i] * rounds,
+        )
         for i, (name, session, batch) in enumerate(rows)
     ]
 

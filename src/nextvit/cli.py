@@ -193,7 +193,9 @@ def evaluate(
     _warn_of_random_weights(model, weights)
     part = read_split(data, split or default_eval_split(data), predictor.labels)
     loaders = min(8, cpu_count()) if predictor.session.setup.device.startswith("cuda") else 0
-    source = batches(part, eval_transform(predictor.metadata.preprocess), batch_size=batch_size, workers=loaders)
+    if predictor.metadata.takes_pixels:
+        batch_size = 1  # images of any size do not stack
+    source = batches(part, eval_transform(predictor.metadata), batch_size=batch_size, workers=loaders)
     result = run_evaluation(predictor.run, source, part, total=-(-len(part) // batch_size))
     if result.rejected and not allow_bad:
         raise UserError(
@@ -294,6 +296,9 @@ def export(
     static: Annotated[
         bool, typer.Option("--static", help="Fix batch 1 and the image size; else all three stay free.")
     ] = False,
+    preprocess: Annotated[
+        bool, typer.Option("--preprocess", help="The file takes uint8 images of any size and prepares them itself.")
+    ] = False,
     stages: Annotated[
         bool, typer.Option("--stages", help="Compare what each stage gives too, to find where a file goes wrong.")
     ] = False,
@@ -311,7 +316,7 @@ def export(
     if output is not None and format_of(output) != fmt:
         raise UserError(f"--to {to} writes {fmt.suffix} files; --output {output} ends otherwise.")
     network = open_model(model, weights)
-    metadata = replace(network.metadata.with_image_size(image_size), precision=precision)
+    metadata = replace(network.metadata.with_image_size(image_size), precision=precision, takes_pixels=preprocess)
     path = output or default_path(model, metadata, to)
     report = run_export(
         network,
@@ -321,6 +326,7 @@ def export(
         calibration=calibration,
         max_drop=None if force else max_drop,
         dynamic=not static,
+        preprocess=preprocess,
         stages=stages,
     )
     _show(report.to_dict(), as_json, export_lines(report))

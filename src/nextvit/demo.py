@@ -109,7 +109,7 @@ def evaluate_keeping_logits(predictor: Predictor, split: Split) -> tuple[Evaluat
         kept.append(predictor.run(images))
         return kept[-1]
 
-    source = batches(split, eval_transform(predictor.metadata.preprocess), batch_size=50)
+    source = batches(split, eval_transform(predictor.metadata), batch_size=50)
     return evaluate(run, source, split, total=-(-len(split) // 50)), np.concatenate(kept)
 
 

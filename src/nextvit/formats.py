@@ -24,18 +24,24 @@ class Format:
     extra: str  # of the package, with the libraries that write and run it; empty: torch does
     precisions: tuple[str, ...]
     free: Free  # what it can leave open
+    pixels: Free | None = None  # the same of a file that prepares images itself; None: there is no such file
     open_from: int = 32  # sides, in pixels, that can be left open; a smaller size is fixed
     needs: tuple[str, ...] = ()  # modules of the extra without which nothing can be written
     program: bool = False  # opening the file runs it (see `trust`)
     elsewhere: str = ""  # why nextvit does not open its files; {path}: the file
 
-    def check(self, precision: str) -> None:
-        """Raise UserError for a precision that the format does not have."""
+    def check(self, precision: str, preprocess: bool) -> None:
+        """Raise UserError for a precision, or preprocessing inside, that the format does not have."""
         if precision not in self.precisions:
             raise UserError(f"{self.name} files are {', '.join(self.precisions)}, not {precision!r}.")
+        if preprocess and self.pixels is None:
+            able = ", ".join(fmt.name for fmt in FORMATS if fmt.pixels is not None)
+            raise UserError(f"{self.name} files do not prepare images themselves; --preprocess goes with {able}.")
 
-    def left_open(self, image_size: int, dynamic: bool) -> Free:
-        """What stays open in a file made for this size: all that can, or nothing."""
+    def left_open(self, image_size: int, dynamic: bool, preprocess: bool) -> Free:
+        """What stays open in a file made for this size: all that can, or nothing; sides of whole images always do."""
+        if preprocess and self.pixels is not None:
+            return Free(dynamic and self.pixels.batch, sides=True)
         sides = self.free.sides and image_size >= self.open_from
         return Free(dynamic and self.free.batch, dynamic and sides)
 
@@ -43,8 +49,8 @@ class Format:
 BOTH = Free(batch=True, sides=True)
 ONNX = ("onnx", "onnxscript", "onnxslim")  # the libraries that make an ONNX graph
 FORMATS = (
-    Format("onnx", ".onnx", "onnx", ("fp32", "fp16", "int8"), BOTH, needs=(*ONNX, "onnxruntime")),
-    Format("openvino", ".xml", "openvino", ("fp32", "fp16", "bf16", "int8"), BOTH, needs=(*ONNX, "openvino")),
+    Format("onnx", ".onnx", "onnx", ("fp32", "fp16", "int8"), BOTH, BOTH, needs=(*ONNX, "onnxruntime")),
+    Format("openvino", ".xml", "openvino", ("fp32", "fp16", "bf16", "int8"), BOTH, BOTH, needs=(*ONNX, "openvino")),
     Format(
         "coreml",
         ".mlpackage",
@@ -73,9 +79,18 @@ FORMATS = (
         needs=(*ONNX, "onnxruntime"),
         elsewhere="engines are run by TensorRT's own tools; nextvit opens the ONNX written beside one, {path}.onnx",
     ),
-    Format("executorch", ".pte", "executorch", ("fp32", "int8"), BOTH, open_from=64, needs=("executorch.exir",)),
-    Format("torch", ".pt2", "", ("fp32", "bf16"), BOTH, open_from=64, program=True),
-    Format("aotinductor", ".aoti.pt2", "", ("fp32", "bf16"), BOTH, open_from=64, program=True),
+    Format(
+        "executorch",
+        ".pte",
+        "executorch",
+        ("fp32", "int8"),
+        BOTH,
+        Free(batch=False, sides=True),
+        open_from=64,
+        needs=("executorch.exir",),
+    ),
+    Format("torch", ".pt2", "", ("fp32", "bf16"), BOTH, BOTH, open_from=64, program=True),
+    Format("aotinductor", ".aoti.pt2", "", ("fp32", "bf16"), BOTH, BOTH, open_from=64, program=True),
 )
 RUN = tuple(fmt.name for fmt in FORMATS if not fmt.elsewhere)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
@@ -60,6 +61,7 @@ class Metadata:
     num_classes: int = 1000
     in_channels: int = 3
     kv_pooling: KvPooling = "sequence"
+    takes_pixels: bool = False  # the file prepares images itself: uint8 (B, H, W, 3) of any size
     precision: str = "fp32"  # that the file is made for: "fp32", "fp16", "bf16" or "int8"
     version: str = ""  # of nextvit, when the file was written
     recipe: str = ""  # SHA-256 of the training recipe; empty: not trained here
@@ -67,6 +69,15 @@ class Metadata:
     def with_image_size(self, size: int | None) -> "Metadata":
         """The same record for another input size; None: unchanged."""
         return self if size is None else replace(self, preprocess=replace(self.preprocess, image_size=size))
+
+    def input_shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """Of what the file takes."""
+        return (batch, height, width, 3) if self.takes_pixels else (batch, self.in_channels, height, width)
+
+    def sides(self, shape: Sequence[int]) -> tuple[int, int]:
+        """Height and width of an input of this shape."""
+        height, width = shape[1:3] if self.takes_pixels else shape[2:4]
+        return height, width
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -89,6 +100,8 @@ class Metadata:
                 raise ValueError(f"{counts[0]!r} classes, {counts[1]!r} input channels")
             if record.precision not in PRECISIONS or record.task not in TASKS:
                 raise ValueError(f"task {record.task!r}, precision {record.precision!r}")
+            if not isinstance(record.takes_pixels, bool):
+                raise ValueError(f"takes_pixels {record.takes_pixels!r}")
             if record.labels and len(record.labels) != record.num_classes:
                 raise ValueError(f"{len(record.labels)} labels for {record.num_classes} classes")
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:

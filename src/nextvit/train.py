@@ -246,7 +246,7 @@ def validate(model: NextViT, run: Run) -> Evaluation:
             return model(torch.from_numpy(images).to(run.device)).float().cpu().numpy()
 
     split, size = run.validation, 2 * run.batch_size
-    source = batches(split, eval_transform(model.metadata.preprocess), batch_size=size, workers=run.workers)
+    source = batches(split, eval_transform(model.metadata), batch_size=size, workers=run.workers)
     return evaluate(forward, source, split, total=-(-len(split) // size), label="validate")
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from nextvit.errors import UserError
-from nextvit.metadata import Preprocess
+from nextvit.metadata import Metadata, Preprocess
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # told by content; Pillow's other decoders stay closed
 MAX_PIXELS = 64_000_000
@@ -94,11 +94,20 @@ def preprocess(image: Image.Image, p: Preprocess) -> np.ndarray:
     """
     short = min(image.size)
     width, height = (max(p.image_size, int(side * p.resize_size / short)) for side in image.size)
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling[p.interpolation.upper()])
+    for size in (
+        (width, image.height),
+        (width, height),
+    ):  # columns, then rows: left alone, the order is Pillow's choice
+        if size != image.size:
+            image = image.resize(size, Image.Resampling[p.interpolation.upper()])
     left, top = round((width - p.image_size) / 2), round((height - p.image_size) / 2)
     image = image.crop((left, top, left + p.image_size, top + p.image_size))
     return normalise(np.asarray(image), p)
+
+
+def as_taken(image: Image.Image, metadata: Metadata) -> np.ndarray:
+    """What a file takes of an RGB image: float32 (3, image_size, image_size), or the uint8 (H, W, 3) that it is."""
+    return np.array(image) if metadata.takes_pixels else preprocess(image, metadata.preprocess)
 
 
 def normalise(pixels: np.ndarray, p: Preprocess) -> np.ndarray:

@@ -11,15 +11,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from nextvit.data.folders import Split
-from nextvit.data.images import ImageRejected, preprocess, read_image
-from nextvit.metadata import Preprocess
+from nextvit.data.images import ImageRejected, as_taken, read_image
+from nextvit.metadata import Metadata
 
 Transform = Callable[[Image.Image], Tensor]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """images: float32 (B, 3, H, W), normalised; targets, indices: int64 (B,); rejected: (index, why)."""
+    """images: what the model takes, (B, ...); targets, indices: int64 (B,); rejected: (index, why)."""
 
     images: Tensor
     targets: Tensor
@@ -68,13 +68,13 @@ class _Collate:
         )
 
 
-def eval_transform(p: Preprocess) -> Transform:
-    """The preprocessing of evaluation and prediction, as a tensor."""
-    return partial(_prepared, p=p)
+def eval_transform(metadata: Metadata) -> Transform:
+    """What evaluation and prediction give to a model, as a tensor."""
+    return partial(_as_taken, metadata=metadata)
 
 
-def _prepared(image: Image.Image, p: Preprocess) -> Tensor:
-    return torch.from_numpy(preprocess(image, p))
+def _as_taken(image: Image.Image, metadata: Metadata) -> Tensor:
+    return torch.from_numpy(as_taken(image, metadata))
 
 
 def batches(

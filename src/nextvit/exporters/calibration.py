@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nextvit.backbone import NextViT
 from nextvit.data.folders import data_root, default_eval_split, read_split
-from nextvit.data.images import ImageRejected, ImageSource, image_files, preprocess, read_image
+from nextvit.data.images import ImageRejected, ImageSource, as_taken, image_files, read_image
 from nextvit.errors import UserError
 from nextvit.exporters.parity import with_channels
 from nextvit.metadata import Metadata
@@ -37,9 +37,9 @@ class Images:
         return len(self.sources)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """float32 (1, channels, image_size, image_size)."""
-        batch = preprocess(read_image(self.sources[index]), self.metadata.preprocess)[None]
-        return with_channels(batch, self.metadata.in_channels)
+        """float32 (1, channels, image_size, image_size), or what else a file of this metadata takes."""
+        batch = as_taken(read_image(self.sources[index]), self.metadata)[None]
+        return batch if self.metadata.takes_pixels else with_channels(batch, self.metadata.in_channels)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return map(self.__getitem__, range(len(self)))

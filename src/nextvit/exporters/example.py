@@ -6,6 +6,7 @@ from importlib import resources
 from pathlib import Path
 from string import Template
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -16,6 +17,31 @@ from nextvit.metadata import Metadata
 
 PHOTOGRAPH = 10  # of `real_images`: the first that is no garment
 HINTS = {"fp32": "f32", "fp16": "f32", "bf16": "bf16", "int8": "f32"}  # of OpenVINO, for what is left in float
+
+
+# How an image becomes the input, in each language: (normalised and cut already, as it is)
+PYTHON_IMAGE = (
+    """pixels = np.asarray(Image.open(here / "image.png"), np.float32)  # (H, W, 3), 0..255, of the model's size
+image = ((pixels / 255 - expected["mean"]) / expected["std"]).transpose(2, 0, 1)[None]  # (1, 3, H, W)
+image = np.ascontiguousarray(image, np.float32)""",
+    """image = np.asarray(Image.open(here / "image.png"))[None].copy()  # uint8 (1, H, W, 3), of any size""",
+)
+JAVASCRIPT_IMAGE = (
+    """const values = new Float32Array(3 * height * width); // (1, 3, H, W); the image has the model's size
+for (let i = 0; i < height * width; i++)
+  for (let c = 0; c < 3; c++)
+    values[c * height * width + i] = (pixels[3 * i + c] / 255 - expected.mean[c]) / expected.std[c];
+const image = new ort.Tensor("float32", values, [1, 3, height, width]);""",
+    """const image = new ort.Tensor("uint8", new Uint8Array(pixels), [1, height, width, 3]); // of any size""",
+)
+CPP_IMAGE = (
+    """  const float mean[] = {$mean}, deviation[] = {$std};
+  ov::Tensor image(ov::element::f32, {1, 3, height, width});  // the image has the model's size
+  for (size_t i = 0; i < height * width; ++i)
+    for (size_t c = 0; c < 3; ++c)
+      image.data<float>()[c * height * width + i] = (pixels[3 * i + c] / 255.0f - mean[c]) / deviation[c];""",
+    """  ov::Tensor image(ov::element::u8, {1, height, width, 3}, pixels.data());  // of any size""",
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +66,7 @@ PYTHON = {
         "import openvino",
         "core = openvino.Core()\n"
         "network = core.read_model(model)\n"
-        "network.reshape(image.shape)  # one size is faster than free ones\n"
+        "network.reshape([$shape])  # one size is faster than free ones\n"
         'compiled = core.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "$hint"})\n'
         "logits = compiled(image)[0][0]",
     ),
@@ -80,14 +106,15 @@ def write_example(
     is the bound of the precision, for int8 half as much again as parity found, or none where it could not be run.
     """
     folder.mkdir()
-    p = metadata.preprocess
-    image = preprocess(real_images()[PHOTOGRAPH], p)
+    p, taken = metadata.preprocess, int(metadata.takes_pixels)
+    photograph = real_images()[PHOTOGRAPH]
+    image = preprocess(photograph, p)
     with torch.inference_mode():
         logits = model(torch.from_numpy(image[None])).numpy()[0]
     tolerance = None
     if parity is not None:
         tolerance = parity.bound.relative * parity.size if parity.bound else 1.5 * parity.max_abs
-    shown = pixels(image, p)
+    shown = np.asarray(photograph) if metadata.takes_pixels else pixels(image, p)
     Image.fromarray(shown).save(folder / "image.png")
     (folder / "image.rgb").write_bytes(shown.tobytes())
     (folder / "logits.f32").write_bytes(logits.astype("<f4").tobytes())
@@ -100,24 +127,36 @@ def write_example(
         "logits": [float(value) for value in logits],
     }
     (folder / "expected.json").write_text(json.dumps(expected), encoding="utf-8")
+    height, width = shown.shape[:2]
+    shape = "1, -1, -1, 3" if metadata.takes_pixels else f"1, 3, {height}, {width}"
     hint = HINTS[metadata.precision]
     file = json.dumps(file)[1:-1]  # as a string of Python, JavaScript and C++ has it
     if format_name in PYTHON:
         python = PYTHON[format_name]
-        run = python.run.replace("$hint", hint)
-        _fill("python", folder / "run.py", file=file, packages=python.packages, imports=python.imports, run=run)
+        run = Template(python.run).substitute(hint=hint, shape=shape)
+        _fill(
+            "python",
+            folder / "run.py",
+            file=file,
+            packages=python.packages,
+            imports=python.imports,
+            image=PYTHON_IMAGE[taken],
+            run=run,
+        )
     if format_name == "onnx":
-        _fill("javascript", folder / "run.mjs", file=file)
+        _fill("javascript", folder / "run.mjs", file=file, image=JAVASCRIPT_IMAGE[taken])
     if format_name == "openvino":
         _fill(
             "cpp",
             folder / "run.cpp",
             file=file,
-            version="2026.0 or later",
-            height=str(p.image_size),
-            width=str(p.image_size),
-            mean=", ".join(f"{value}f" for value in map(float, p.mean)),
-            std=", ".join(f"{value}f" for value in map(float, p.std)),
+            height=str(height),
+            width=str(width),
+            shape=shape,
+            image=Template(CPP_IMAGE[taken]).substitute(
+                mean=", ".join(f"{value}f" for value in map(float, p.mean)),
+                std=", ".join(f"{value}f" for value in map(float, p.std)),
+            ),
             tolerance=f"{-1.0 if tolerance is None else tolerance}f",
             hint=f"ov::element::{hint}",
         )

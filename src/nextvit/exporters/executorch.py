@@ -11,12 +11,15 @@ from nextvit.extras import need
 from nextvit.files import OPEN_SEAL, close_seal
 from nextvit.runtime.executorch_session import LARGEST_BATCH, METADATA_METHOD, SEAL_METHOD
 
+LARGEST_IMAGE = 2048  # pixels a side, of a file that prepares images itself
+
 
 def write(job: Job) -> Written:
-    """Write a `.pte`. Free sides go up to twice the model's own size: the memory for them is planned now."""
+    """Write a `.pte`. Memory for free sides is planned now, for twice the model's own size, or for LARGEST_IMAGE."""
     exir = need("executorch.exir", extra="executorch")
     partitioner = need("executorch.backends.xnnpack.partition.xnnpack_partitioner", extra="executorch")
-    largest = {"batch": LARGEST_BATCH, "side": 2 * job.metadata.preprocess.image_size}
+    side = LARGEST_IMAGE if job.metadata.takes_pixels else 2 * job.metadata.preprocess.image_size
+    largest = {"batch": LARGEST_BATCH, "side": side}
     network = job.form if job.calibration is None else quantized(job, largest, _quantizer(job.plan))
     with converting("executorch"):
         lowered = exir.to_edge_transform_and_lower(

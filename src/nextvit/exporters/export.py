@@ -71,6 +71,7 @@ def export(
     calibration: str | os.PathLike[str] | Sequence[ImageSource] | None = None,
     max_drop: float | None = 0.5,
     dynamic: bool = True,
+    preprocess: bool = False,
     stages: bool = False,
 ) -> ExportReport:
     """Write a model in the format that the ending of `path` names, and prove that the file answers as the model does.
@@ -81,6 +82,7 @@ def export(
     max_drop: for int8: points of top-1 that may be lost against the float model (of agreement with it, where the images
         have no known classes); layers are taken back to float to keep it. None: write what comes out, and report it.
     dynamic: batch, height and width stay free; else batch 1 and image_size are fixed.
+    preprocess: the file takes uint8 images of any size and prepares them itself.
     stages: also compare what each stage gives, to find where a format goes wrong.
 
     Beside the file lie the report, as JSON, and a folder `PATH.example` with an image, the answer that is expected, and
@@ -89,18 +91,19 @@ def export(
     AccuracyError where int8 loses more than max_drop; then nothing is left under `path`.
     """
     path = Path(path)
-    fmt = _checked(model, path, precision, calibration is not None, max_drop)
+    fmt = _checked(model, path, precision, calibration is not None, max_drop, preprocess)
     writer = import_module(f"nextvit.exporters.{fmt.name}")
     metadata = replace(model.metadata.with_image_size(image_size), version=__version__, precision=precision)
     images = None if calibration is None else read_calibration(calibration, model, metadata)
+    metadata = replace(metadata, takes_pixels=preprocess)
     start = time.perf_counter()
-    free = fmt.left_open(metadata.preprocess.image_size, dynamic)
+    free = fmt.left_open(metadata.preprocess.image_size, dynamic, preprocess)
     notes = images.notes if images else ()
     if dynamic and fmt.free.sides and not free.sides:
         notes = (*notes, f"the sides are fixed: {fmt.name} leaves them open from {fmt.open_from} pixels up only")
     plain = copy.deepcopy(model).eval().cpu().float()
     with replacing(path) as unfinished:
-        job = Job(export_form(plain, fixed=not free.sides), unfinished, metadata, free, images)
+        job = Job(export_form(plain, fixed=preprocess or not free.sides), unfinished, metadata, free, images)
         measured, parity = None, None
         by_stage: tuple[StageComparison, ...] = ()
         if images is None:
@@ -135,7 +138,9 @@ def export(
     return report
 
 
-def _checked(model: NextViT, path: Path, precision: str, calibrated: bool, max_drop: float | None) -> Format:
+def _checked(
+    model: NextViT, path: Path, precision: str, calibrated: bool, max_drop: float | None, preprocess: bool
+) -> Format:
     """The format that is asked for; refused before any work starts where it cannot be."""
     fmt = format_of(path)
     if fmt is None:
@@ -145,7 +150,9 @@ def _checked(model: NextViT, path: Path, precision: str, calibrated: bool, max_d
         raise UserError(f"export takes a model of nextvit.create_model, not {type(model).__name__}.")
     if model.features_only:
         raise UserError("a features_only model gives four maps; export the classifier, which ends in logits.")
-    fmt.check(precision)
+    fmt.check(precision, preprocess)
+    if preprocess and model.metadata.in_channels != 3:
+        raise UserError(f"this model takes {model.metadata.in_channels} input channels; only RGB images are prepared.")
     if (precision == "int8") != calibrated:
         what = "alone takes calibration images" if calibrated else "needs calibration images"
         raise UserError(f"int8 {what}; give a folder of images like those that the model will see, or `demo`.")
@@ -170,7 +177,7 @@ def _compare_stages(writer: ModuleType, model: NextViT, fmt: Format, job: Job) -
     form = StageOutputs(export_form(model, fixed=True))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"stages{fmt.suffix}")
-        written = writer.write(replace(job, form=form, path=path, free=Free(batch=False, sides=False)))
+        written = writer.write(replace(job.of_network(), form=form, path=path, free=Free(batch=False, sides=False)))
         return compare_stages(model, _open(written.opened))
 
 
@@ -196,7 +203,8 @@ def _write_int8(
     floats = logits_of(eager, images.measure, "measure the float model")
 
     def measure() -> Accuracy:
-        found = logits_of(_open(written.opened), images.measure, "measure the int8 file")
+        taken = replace(images.measure, metadata=job.metadata)
+        found = logits_of(_open(written.opened), taken, "measure the int8 file")
         return accuracy(images.measure, floats, found)
 
     measured = measure()
@@ -217,7 +225,8 @@ def _write_int8(
 
 
 def default_path(model: str | os.PathLike[str], metadata: Metadata, format_name: str) -> Path:
-    """VARIANT-SIZE-PRECISION with the format's ending: beside a weight file, else in the working folder."""
+    """VARIANT-SIZE-PRECISION, `-pixels` where it prepares images, and the ending: beside a weight file, else here."""
     suffix = format_named(format_name).suffix
-    name = f"{metadata.variant}-{metadata.preprocess.image_size}-{metadata.precision}{suffix}"
+    kind = metadata.precision + "-pixels" * metadata.takes_pixels
+    name = f"{metadata.variant}-{metadata.preprocess.image_size}-{kind}{suffix}"
     return Path(model).with_name(name) if Path(model).is_file() else Path(name)

@@ -4,6 +4,7 @@ import ast
 from typing import Any
 
 import torch
+from torch import nn
 
 from nextvit.exporters.form import InDtype
 from nextvit.exporters.job import Job
@@ -11,22 +12,43 @@ from nextvit.exporters.program import quiet, torch_program
 from nextvit.extras import need
 
 OPSET = 20
+PREFIX = "preprocess/"  # of the names of its nodes
 
 
 def onnx_graph(job: Job, *, half: bool = False) -> Any:
-    """An onnx.ModelProto with input `image` (B, C, H, W) and output `logits` (B, classes).
+    """The network as an onnx.ModelProto with input `image` (B, C, H, W) and output `logits` (B, classes).
 
     half: weights and arithmetic in fp16; input and output stay float32. A node that computes a layer has the layer's
     name and its operator: `stages.0.blocks.1.mlp.fc1/Conv`.
     """
+    return _graph(job.of_network(), InDtype(job.form, torch.float16) if half else job.form, "logits")
+
+
+def preprocessing_graph(job: Job) -> Any:
+    """What comes before the network where a file takes pixels: `image`, uint8 (B, H, W, 3), to `prepared`."""
+    onnx = need("onnx", extra="onnx")
+    graph = _graph(job, nn.Identity(), "prepared")
+    del graph.graph.value_info[:]  # would be renamed whatever it is
+    return onnx.compose.add_prefix(graph, PREFIX, rename_inputs=False, rename_outputs=False)
+
+
+def with_preprocessing(graph: Any, job: Job) -> Any:
+    """The network's graph behind that of preprocessing."""
+    onnx = need("onnx", extra="onnx")
+    for node in graph.graph.node:
+        node.input[:] = ["prepared" if name == "image" else name for name in node.input]
+    graph.graph.input[0].name = "prepared"
+    return onnx.compose.merge_models(preprocessing_graph(job), graph, io_map=[("prepared", "prepared")])
+
+
+def _graph(job: Job, network: nn.Module, output: str) -> Any:
     onnxslim = need("onnxslim", extra="onnx")
-    network = InDtype(job.form, torch.float16) if half else job.form
     with quiet():
         program = torch.onnx.export(
             torch_program(job, network),
             dynamo=True,
             input_names=["image"],
-            output_names=["logits"],
+            output_names=[output],
             opset_version=OPSET,
             verbose=False,
         )

@@ -1,6 +1,6 @@
 """What a writer of a format is given, and what it gives back."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -18,15 +18,23 @@ class Job:
     form: nn.Module  # (B, C, H, W) float32, normalised -> (B, classes) logits; see exporters.form
     path: Path
     metadata: Metadata
-    free: Free  # what of the input stays open
+    free: Free  # what of the file's input stays open
     calibration: Calibration | None = None  # for int8
     plan: Plan = FASTEST  # of int8: what stays float
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Of an input at the model's own size: 1, C, H, W."""
+        """Of an input at the model's own size: 1, C, H, W; with pixels 1, H, W, 3."""
         side = self.metadata.preprocess.image_size
-        return 1, self.metadata.in_channels, side, side
+        return self.metadata.input_shape(1, side, side)
+
+    def of_network(self) -> "Job":
+        """The same without preprocessing in the file: what is prepared has one size."""
+        if not self.metadata.takes_pixels:
+            return self
+        return replace(
+            self, metadata=replace(self.metadata, takes_pixels=False), free=Free(self.free.batch, sides=False)
+        )
 
 
 @dataclass(frozen=True)

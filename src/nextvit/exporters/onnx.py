@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from nextvit.exporters.graph import onnx_graph
+from nextvit.exporters.graph import PREFIX, onnx_graph, with_preprocessing
 from nextvit.exporters.job import Job, Written
 from nextvit.exporters.quantization import Int8, Plan, nncf_plans, quantize
 from nextvit.extras import need
@@ -20,6 +20,8 @@ def write(job: Job) -> Written:
     graph = onnx_graph(job, half=job.metadata.precision == "fp16")
     if job.calibration is not None:
         graph = quantize(graph, job.calibration, _forward, job.plan)
+    if job.metadata.takes_pixels:
+        graph = with_preprocessing(graph, job)
     save(graph, job.path, job.metadata)
     return Written(job.path)
 
@@ -49,7 +51,8 @@ def float_layers(path: Path, plan: Plan) -> list[str]:
         options.optimized_model_filepath = str(Path(folder, "optimised.onnx"))
         ort.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
         nodes = onnx.load(options.optimized_model_filepath).graph.node
-    return [node.name for node in nodes if node.op_type in ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul")]
+    kinds = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul")
+    return [node.name for node in nodes if node.op_type in kinds and not node.name.startswith(PREFIX)]
 
 
 INT8 = Int8(("nncf", "int8"), nncf_plans, float_layers)

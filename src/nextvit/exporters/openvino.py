@@ -1,12 +1,11 @@
 """OpenVINO IR: an .xml with its metadata, and the weights in a .bin beside it."""
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nextvit.exporters.graph import onnx_graph
+from nextvit.exporters.graph import PREFIX, onnx_graph, preprocessing_graph
 from nextvit.exporters.job import Job, Written
 from nextvit.exporters.quantization import Int8, Plan, nncf_plans, quantize
 from nextvit.extras import need
@@ -22,22 +21,28 @@ def write(job: Job) -> Written:
     in bf16.
     """
     ov = need("openvino", extra="openvino")
-    onnx = need("onnx", extra="openvino")
     if job.metadata.precision == "bf16":
         insist_on("bf16")  # else it could not be checked
-    graph = onnx_graph(job)
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "model.onnx")
-        onnx.save(graph, source)
-        ir = ov.Core().read_model(source)
-        if job.calibration is not None:
-            _make_group_weights_constant(ir, ov)
-            ir = quantize(ir, job.calibration, _forward, job.plan)
-        ir.set_rt_info(job.metadata.to_json(), [METADATA_KEY, "metadata"])
-        ir.set_rt_info(OPEN_SEAL, [METADATA_KEY, "sha256"])
-        ov.save_model(ir, job.path, compress_to_fp16=job.metadata.precision == "fp16")
+    core = ov.Core()
+    ir = core.read_model(onnx_graph(job).SerializeToString())
+    if job.calibration is not None:
+        _make_group_weights_constant(ir, ov)
+        ir = quantize(ir, job.calibration, _forward, job.plan)
+    if job.metadata.takes_pixels:
+        ir = _behind(core.read_model(preprocessing_graph(job).SerializeToString()), ir, ov)
+    ir.set_rt_info(job.metadata.to_json(), [METADATA_KEY, "metadata"])
+    ir.set_rt_info(OPEN_SEAL, [METADATA_KEY, "sha256"])
+    ov.save_model(ir, job.path, compress_to_fp16=job.metadata.precision == "fp16")
     close_seal(job.path)
     return Written(job.path)
+
+
+def _behind(first: Any, second: Any, ov: Any) -> Any:
+    """One model of two: what the first gives, the second takes."""
+    given = first.output(0).get_node().input_value(0)
+    for target in second.input(0).get_node().output(0).get_target_inputs():
+        target.replace_source_output(given)
+    return ov.Model(second.get_results(), first.get_parameters(), "nextvit")
 
 
 def _make_group_weights_constant(ir: Any, ov: Any) -> None:
@@ -61,7 +66,11 @@ def _forward(compiled: Any, batch: np.ndarray) -> np.ndarray:
 def float_layers(path: Path, plan: Plan) -> list[str]:
     """Layers of an int8 file that the runtime computes in float, by its own report."""
     kinds = ("Convolution", "GroupConvolution", "FullyConnected", "MatMul")
-    return [name for name, kind, kernel in layers_run(path) if kind in kinds and "i8" not in kernel.lower()]
+    return [
+        name
+        for name, kind, kernel in layers_run(path)
+        if kind in kinds and "i8" not in kernel.lower() and not name.startswith(PREFIX)
+    ]
 
 
 def layers_run(path: Path) -> list[tuple[str, str, str]]:
@@ -70,8 +79,9 @@ def layers_run(path: Path) -> list[tuple[str, str, str]]:
     core = ov.Core()
     model = core.read_model(path)
     if model.is_dynamic():
-        side = Metadata.from_json(model.get_rt_info([METADATA_KEY, "metadata"]).value, str(path)).preprocess.image_size
-        model.reshape([1, model.input(0).get_partial_shape()[1].get_length(), side, side])
+        metadata = Metadata.from_json(model.get_rt_info([METADATA_KEY, "metadata"]).value, str(path))
+        side = metadata.preprocess.image_size
+        model.reshape(list(metadata.input_shape(1, side, side)))
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     notes = [(node.get_friendly_name(), node.get_rt_info()) for node in compiled.get_runtime_model().get_ops()]
     return [(name, info["layerType"].astype(str), info["primitiveType"].astype(str)) for name, info in notes]

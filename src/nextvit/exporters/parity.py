@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from nextvit.data.images import normalise, preprocess, read_image
 from nextvit.errors import UserError
 from nextvit.exporters.form import stage_outputs
 from nextvit.formats import Free
-from nextvit.metadata import Preprocess
+from nextvit.metadata import Metadata
 from nextvit.runtime.session import Session, Setup
 
 LIVE = 1e-3  # outputs that vary less than this over the images, relative to their size, prove little
@@ -29,6 +30,7 @@ class Bound:
     to_spread: float  # largest difference / how much a live model's outputs vary over the images
 
 
+PIXELS = Bound(1e-3, 1e-2)  # at least, of files that prepare images: some pixels are one level of 255 off
 BOUNDS = {"fp32": Bound(1e-4, 1e-3), "fp16": Bound(2e-2, 0.1), "bf16": Bound(0.1, 1.0)}
 
 
@@ -111,11 +113,15 @@ def compare(model: NextViT, session: Session, *, free: Free, precision: str) -> 
     precision: of the file; "int8" is given no bound on the differences.
     """
     shapes: dict[tuple[int, ...], tuple[list[np.ndarray], list[np.ndarray]]] = {}
-    for batch in _inputs(session.metadata.preprocess, session.metadata.in_channels, free):
-        ours, theirs = shapes.setdefault((batch.shape[0], *batch.shape[2:]), ([], []))
+    side = session.metadata.preprocess.image_size
+    at_own_size = []
+    for taken, prepared in _inputs(session.metadata, free):
+        ours, theirs = shapes.setdefault((len(taken), *session.metadata.sides(taken.shape)), ([], []))
         with torch.inference_mode():
-            ours.append(model(torch.from_numpy(batch)).numpy().astype(np.float64))
-        theirs.append(np.asarray(session(batch), np.float64))
+            ours.append(model(torch.from_numpy(prepared)).numpy().astype(np.float64))
+        theirs.append(np.asarray(session(taken), np.float64))
+        if prepared.shape[2:] == (side, side):
+            at_own_size.append(ours[-1])
     pairs = {shape: (np.concatenate(ours), np.concatenate(theirs)) for shape, (ours, theirs) in shapes.items()}
     classes = next(iter(pairs.values()))[0].shape[1]
     if classes != session.metadata.num_classes:
@@ -123,17 +129,23 @@ def compare(model: NextViT, session: Session, *, free: Free, precision: str) -> 
             f"the model has {classes} outputs and its metadata {session.metadata.num_classes} classes; set "
             "model.metadata to what the model is."
         )
-    side = session.metadata.preprocess.image_size
-    own = np.concatenate([ours for shape, (ours, _) in pairs.items() if shape[1:] == (side, side)])
+    own = np.concatenate(at_own_size)
     centre = own.mean(axis=0)
     return Parity(
         setup=session.setup,
         rows=tuple(_comparison(shape, ours, theirs, centre) for shape, (ours, theirs) in pairs.items()),
         spread=float(own.std(axis=0).mean()),
         size=max(float(np.abs(ours).max()) for ours, _ in pairs.values()),
-        bound=BOUNDS.get(precision),
+        bound=_bound(precision, session.metadata.takes_pixels),
         finite=all(bool(np.isfinite(theirs).all()) for _, theirs in pairs.values()),
     )
+
+
+def _bound(precision: str, takes_pixels: bool) -> Bound | None:
+    bound = BOUNDS.get(precision)
+    if bound is None or not takes_pixels:
+        return bound
+    return Bound(max(bound.relative, PIXELS.relative), max(bound.to_spread, PIXELS.to_spread))
 
 
 @dataclass(frozen=True)
@@ -148,7 +160,7 @@ class StageComparison:
 
 def compare_stages(model: NextViT, session: Session) -> tuple[StageComparison, ...]:
     """Of a session whose output is that of `form.StageOutputs`."""
-    batches = list(_inputs(session.metadata.preprocess, session.metadata.in_channels, Free(False, False)))
+    batches = [taken for taken, _ in _inputs(session.metadata, Free(False, False))]
     with torch.inference_mode():
         ours = [[part.flatten(1) for part in stage_outputs(model, torch.from_numpy(batch))] for batch in batches]
     names = ("stem", *(f"stage {number}" for number in range(1, len(ours[0]) - 1)), "logits")
@@ -193,20 +205,33 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.where(lengths > 0, (a * b).sum(axis=1) / np.maximum(lengths, 1e-300), 1.0)
 
 
-def _inputs(p: Preprocess, channels: int, free: Free) -> Iterator[np.ndarray]:
-    """Batches of real images: all at the model's own size; then, with free sides, some with unequal, odd ones."""
-    images = real_images()
-    full = with_channels(np.stack([preprocess(image, p) for image in images]), channels)
-    yield from _in_batches(full, (*BATCHES, len(full) - sum(BATCHES)) if free.batch else [1] * len(full))
+def _inputs(metadata: Metadata, free: Free) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Batches of real images, as the file takes them and as the network does.
+
+    All at the model's own size; then, with free sides, some with unequal, odd ones. A file that prepares images itself
+    is given all as they are, then some of one other size.
+    """
+    p, images = metadata.preprocess, real_images()
+    width, height = p.image_size + 27, p.image_size + 1
+    some = [image.resize((width, height), Image.Resampling.BICUBIC) for image in images[-sum(BATCHES) :]]
+    if metadata.takes_pixels:
+        for batch in (*([image] for image in images), *_in_batches(some, BATCHES if free.batch else [1] * len(some))):
+            yield np.stack([np.asarray(image) for image in batch]), np.stack([preprocess(image, p) for image in batch])
+        return
+    full = with_channels(np.stack([preprocess(image, p) for image in images]), metadata.in_channels)
+    for array in _in_batches(full, (*BATCHES, len(full) - sum(BATCHES)) if free.batch else [1] * len(full)):
+        yield array, array
     if free.sides:
-        width, height = p.image_size + 27, p.image_size + 1
-        some = [image.resize((width, height), Image.Resampling.BICUBIC) for image in images[-sum(BATCHES) :]]
-        other = with_channels(np.stack([normalise(np.asarray(image), p) for image in some]), channels)
-        yield from _in_batches(other, BATCHES if free.batch else [1] * len(other))
+        other = with_channels(np.stack([normalise(np.asarray(image), p) for image in some]), metadata.in_channels)
+        for array in _in_batches(other, BATCHES if free.batch else [1] * len(other)):
+            yield array, array
 
 
-def _in_batches(images: np.ndarray, sizes: Sequence[int]) -> Iterator[np.ndarray]:
-    yield from np.split(images, np.cumsum(sizes)[:-1])
+def _in_batches(images: Any, sizes: Sequence[int]) -> Iterator[Any]:
+    start = 0
+    for size in sizes:
+        yield images[start : start + size]
+        start += size
 
 
 def with_channels(batch: np.ndarray, channels: int) -> np.ndarray:

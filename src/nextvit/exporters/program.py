@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nextvit.errors import UserError
 from nextvit.exporters.job import Job
+from nextvit.exporters.preprocessing import Preprocessing
 from nextvit.extras import need
 from nextvit.progress import track
 
@@ -19,19 +20,25 @@ LARGEST = {"batch": 8192, "side": 8192}  # of what stays open, where a format pl
 
 
 def torch_program(job: Job, network: nn.Module, largest: dict[str, int] = LARGEST) -> torch.export.ExportedProgram:
-    """The program of a network made of the job's form: one input (B, C, H, W), of the job's shape where it is not free.
+    """The program of a network made of the job's form: one input, of the job's shape where it is not free.
+
+    Where the file takes pixels, preprocessing is put in front of the network.
 
     torch proves free sides from 64 pixels up: below, maps inside have one pixel, which it takes for a constant. (An
     ONNX graph made of the program holds from 32: tests/test_export.py.)
     """
-    batch, channels, height, width = job.shape
-    dims: dict[int, Any] = {}
+    pixels, dims = job.metadata.takes_pixels, {}
+    batch, (height, width) = 1, job.metadata.sides(job.shape)
     if job.free.batch:  # an example of one, or of equal sides, can be taken for a constant
         batch, dims[0] = 2, torch.export.Dim("batch", min=1, max=largest["batch"])
     if job.free.sides:
         height, width = 96, 128
-        dims[2], dims[3] = (torch.export.Dim(name, min=64, max=largest["side"]) for name in ("height", "width"))
-    example = torch.zeros(batch, channels, height, width)
+        first, least = (1, 1) if pixels else (2, 64)
+        for place, name in enumerate(("height", "width"), first):
+            dims[place] = torch.export.Dim(name, min=least, max=largest["side"])
+    example = torch.zeros(job.metadata.input_shape(batch, height, width), dtype=torch.uint8 if pixels else None)
+    if pixels:
+        network = nn.Sequential(Preprocessing(job.metadata.preprocess), network)
     with quiet():
         return torch.export.export(network, (example,), dynamic_shapes=(dims,) if dims else None)
 
@@ -42,7 +49,7 @@ def quantized(job: Job, largest: dict[str, int], quantizer: Any) -> nn.Module:
     pt2e = need("torchao.quantization.pt2e.quantize_pt2e", extra="executorch")
     images = job.calibration.calibrate
     with quiet():
-        prepared = pt2e.prepare_pt2e(torch_program(job, job.form, largest).module(), quantizer)
+        prepared = pt2e.prepare_pt2e(torch_program(job.of_network(), job.form, largest).module(), quantizer)
     with torch.no_grad():
         for image in track(images, total=len(images), label="calibrate"):
             prepared(torch.from_numpy(image))

@@ -54,16 +54,17 @@ class ExecuTorchSession:
         own = own_precision(self.metadata, precision, "ExecuTorch")
         shape = self._method.metadata.input_tensor_meta(0).sizes()
         self.fixed_batch = 1 if shape[0] == 1 else None
-        self._largest = tuple(shape[2:])
+        self._largest = self.metadata.sides(shape)
         count = bindings._threadpool_get_thread_count()
         self.setup = Setup(f"executorch {version('executorch')}, xnnpack", "cpu", own, count)
         OPEN.add(self)
 
     def __call__(self, batch: np.ndarray) -> np.ndarray:
-        if any(side > most for side, most in zip(batch.shape[2:], self._largest, strict=True)):
+        height, width = self.metadata.sides(batch.shape)
+        if height > self._largest[0] or width > self._largest[1]:
             raise UserError(
-                f"this file takes up to {self._largest[0]} x {self._largest[1]} pixels, not {batch.shape[2]} x "
-                f"{batch.shape[3]}; export it for a larger --image-size."
+                f"this file takes up to {self._largest[0]} x {self._largest[1]} pixels, not {height} x {width}; export "
+                "it for a larger --image-size, or give it a smaller image."
             )
         parts = [batch[start : start + LARGEST_BATCH] for start in range(0, len(batch), LARGEST_BATCH)]
         tensors = [torch.from_numpy(np.ascontiguousarray(part)) for part in parts]

@@ -65,7 +65,8 @@ class OpenVINOSession:
         self.fixed_batch = shape[0].get_length() if shape[0].is_static else None
         self._requests: OrderedDict[tuple[int, ...], Any] = OrderedDict()
         side = self.metadata.preprocess.image_size
-        first = self._request((self.fixed_batch or 1, self.metadata.in_channels, side, side)).get_compiled_model()
+        shape = self.metadata.input_shape(self.fixed_batch or 1, side, side)
+        first = self._request(shape).get_compiled_model()
         in_force = first.get_property("INFERENCE_PRECISION_HINT").to_string()
         if in_force != HINTS[float_part]:
             raise UserError(
@@ -92,7 +93,10 @@ class OpenVINOSession:
         return chosen, chosen
 
     def _request(self, shape: tuple[int, ...]) -> Any:
-        shape = shape if self._free else ()
+        if self.metadata.takes_pixels:
+            shape = (shape[0], -1, -1, 3)  # preparing is quick; the network behind it has one size
+        elif not self._free:
+            shape = ()
         if shape in self._requests:
             self._requests.move_to_end(shape)
             return self._requests[shape]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from nextvit.backbone import SMALLEST_SIDE
-from nextvit.data.images import ImageRejected, ImageSource, preprocess, read_image
+from nextvit.data.images import ImageRejected, ImageSource, as_taken, read_image
 from nextvit.devices import cpu_count
 from nextvit.errors import UserError
 from nextvit.runtime.open import open_session
@@ -37,14 +37,19 @@ class Predictor:
         return list(self.metadata.labels) or [str(index) for index in range(self.metadata.num_classes)]
 
     def run(self, batch: np.ndarray) -> np.ndarray:
-        """float32 (B, 3, H, W), already normalised -> the raw outputs: (B, classes) logits."""
-        channels = self.metadata.in_channels
-        if batch.ndim != 4 or batch.shape[1] != channels or batch.dtype != np.float32:
-            raise UserError(f"a batch must be float32 of shape (B, {channels}, H, W), not {batch.dtype} {batch.shape}.")
+        """float32 (B, 3, H, W), already normalised -> the raw outputs: (B, classes) logits.
+
+        A file that prepares images itself takes uint8 (B, H, W, 3) of any size instead.
+        """
+        channels, pixels = self.metadata.in_channels, self.metadata.takes_pixels
+        wanted, shape, axis = ("uint8", "(B, H, W, 3)", 3) if pixels else ("float32", f"(B, {channels}, H, W)", 1)
+        if batch.ndim != 4 or batch.shape[axis] != channels or batch.dtype != wanted:
+            raise UserError(f"a batch must be {wanted} of shape {shape}, not {batch.dtype} {batch.shape}.")
         if not len(batch):
             raise UserError("a batch needs one image or more.")
-        if min(batch.shape[2:]) < SMALLEST_SIDE:
-            raise UserError(f"a batch of {batch.shape[2]} x {batch.shape[3]} pixels is too small; both sides need 32.")
+        sides, least = self.metadata.sides(batch.shape), 1 if pixels else SMALLEST_SIDE
+        if min(sides) < least:
+            raise UserError(f"a batch of {sides[0]} x {sides[1]} pixels is too small; both sides need {least}.")
         batch = np.ascontiguousarray(batch)
         size = self.session.fixed_batch
         parts = [batch] if size is None else [batch[start : start + size] for start in range(0, len(batch), size)]
@@ -57,12 +62,22 @@ class Predictor:
         return outputs
 
     def prepare(self, image: ImageSource) -> np.ndarray:
-        """Decode and preprocess one image -> float32 (3, image_size, image_size). Raises ImageRejected."""
+        """Decode one image, and preprocess it -> float32 (3, image_size, image_size); where the file does that itself,
+        uint8 (H, W, 3). Raises ImageRejected.
+        """
         if self.metadata.in_channels != 3:
             raise UserError(
                 f"this model takes {self.metadata.in_channels} input channels and no RGB images; use `run`."
             )
-        return preprocess(read_image(image), self.metadata.preprocess)
+        return as_taken(read_image(image), self.metadata)
+
+    def answer(self, prepared: Sequence[np.ndarray]) -> list[Classification]:
+        """One result for each image as `prepare` gives it."""
+        if self.metadata.takes_pixels:  # of any size: they do not stack
+            logits = np.concatenate([self.run(image[None]) for image in prepared])
+        else:
+            logits = self.run(np.stack(prepared))
+        return classify.decode(logits, self.labels)
 
     def predict(self, images: Sequence[ImageSource]) -> list[Classification]:
         """One result an image. images: paths, PIL images or uint8 arrays (H, W, 3), any mix. Raises ImageRejected."""
@@ -70,7 +85,7 @@ class Predictor:
             raise UserError("predict takes a list of images; put a single one into a list.")
         if not images:
             return []
-        return classify.decode(self.run(np.stack([self.prepare(image) for image in images])), self.labels)
+        return self.answer([self.prepare(image) for image in images])
 
     def stream(
         self, files: Sequence[Path], *, batch_size: int = 16, workers: int | None = None
@@ -105,7 +120,7 @@ class Predictor:
                 inputs.append(prepared.result())
             except ImageRejected as error:
                 reasons[index] = str(error)
-        found = iter(classify.decode(self.run(np.stack(inputs)), self.labels) if inputs else ())
+        found = iter(self.answer(inputs) if inputs else ())
         for index, (file, _) in enumerate(batch):
             yield file, reasons[index] if index in reasons else next(found)
 
