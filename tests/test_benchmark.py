@@ -1,16 +1,20 @@
 """The benchmark states its error, and keeps to it."""
 
 import csv
+import json
 import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from nextvit import create_model, export, load, pipeline
 from nextvit.benchmark import CONFIDENCE, benchmark, fewest_rounds, median_interval
 from nextvit.errors import UserError
+from nextvit.exporters.parity import real_images
 from nextvit.metadata import Metadata, Preprocess
 from nextvit.runtime.session import Setup
-from tests.conftest import nextvit, nextvit_here
+from tests.conftest import fill, nextvit, nextvit_here
 
 
 class Clock:
@@ -121,11 +125,89 @@ def test_the_command_prints_a_row_for_each_runtime_with_threads_and_precision(tm
         assert row["runtime"] in done.stdout
 
 
+def test_memory_and_the_parts_of_an_image_s_time_are_told(tmp_path, garment_folder):
+    nextvit_here("export", "nextvit_nano", "--to", "openvino", "--output", tmp_path / "n.xml")
+    (garment_folder / "notes.txt").write_text("no image")
+    done = nextvit(
+        "benchmark", tmp_path / "n.xml", "nextvit_small", "--image-size", 64, "--rounds", 8, "--memory",
+        "--images", garment_folder, "--output", tmp_path / "b.csv", "--json",
+    )  # fmt: skip
+    (garment_folder / "notes.txt").unlink()
+    assert done.returncode == 0, done.stderr
+    nano, small = json.loads(done.stdout)["rows"]
+    assert nano["footprint"]["file_mb"] == pytest.approx(
+        sum((tmp_path / f"n.{end}").stat().st_size for end in ("xml", "bin")) / 1e6
+    )
+    assert small["footprint"]["file_mb"] is None
+    assert 4.8 * 4 < nano["footprint"]["memory_mb"] < small["footprint"]["memory_mb"] < 1000
+    assert small["footprint"]["memory_mb"] > 31.7 * 4, "its weights alone"
+    assert 0.01 < nano["footprint"]["load_s"] < 60
+    for row in (nano, small):
+        assert row["pipeline"]["images"] == 60
+        assert all(row["pipeline"][f"{part}_ms"] > 0 for part in ("decode", "preprocess", "forward", "post"))
+    with open(tmp_path / "b.csv", newline="") as file:
+        assert {"memory_mb", "load_s", "decode_ms"} <= set(next(csv.DictReader(file)))
+
+
+def test_each_part_of_the_time_stands_in_its_own_column(monkeypatch, clock, tmp_path):
+    steps = {"read_image": 0.003, "as_taken": 0.002}
+    for name, seconds in steps.items():
+        function = getattr(pipeline, name)
+        monkeypatch.setattr(
+            pipeline, name, lambda *a, f=function, s=seconds: [clock.__setattr__("now", clock.now + s), f(*a)][1]
+        )
+
+    class Fixed(Busy):
+        def __call__(self, batch):
+            clock.now += self.seconds
+            return np.zeros((len(batch), 1000), np.float32)
+
+    Image.new("RGB", (50, 40)).save(tmp_path / "a.png")
+    fast, slow = pipeline.measure_pipelines([Fixed(0.01, clock), Fixed(0.02, clock)], [tmp_path / "a.png"])
+    assert (fast.decode_ms, fast.preprocess_ms, fast.forward_ms) == pytest.approx((3, 2, 10))
+    assert slow.forward_ms == pytest.approx(20)
+    with pytest.raises(UserError, match="none of the 1 files"):
+        pipeline.measure_pipelines([Fixed(0.01, clock)], [tmp_path / "missing.png"])
+
+
+def test_an_int8_file_needs_no_flag_to_be_measured(tmp_path):
+    file = tmp_path / "n.xml"
+    images = [image.rotate(90 * turn) for turn in range(3) for image in real_images()]
+    model = create_model("nextvit_nano", num_classes=5)
+    export(model, file, image_size=32, precision="int8", calibration=images, max_drop=None, dynamic=False)
+    done = nextvit_here("benchmark", file, "--rounds", 8, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rows"][0]["setup"]["precision"] == "int8"
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_parts_of_a_batch_computed_side_by_side_give_the_same_answers(dynamic, tmp_path, monkeypatch):
+    file = tmp_path / "n.xml"
+    export(fill(create_model("nextvit_nano", num_classes=5)), file, image_size=64, dynamic=dynamic)
+    monkeypatch.setenv("NEXTVIT_OPENVINO_CACHE", str(tmp_path / "cache"))
+    one, side_by_side = (load(file, threads=2, hint=hint) for hint in ("latency", "throughput"))
+    assert "streams" in side_by_side.session.setup.runtime
+    assert list((tmp_path / "cache").glob("*.blob"))
+    batch = np.random.default_rng(0).standard_normal((16, 3, 64, 64), dtype=np.float32)
+    for count in (16, 1, 3, 5):
+        a, b = one.run(batch[:count]), side_by_side.run(batch[:count])
+        assert a.shape == b.shape
+        assert np.abs(a - b).max() < 1e-4 * np.abs(a).max()
+        assert len(np.unique(b[:, 0])) == count, "each image has its own answer"
+    done = nextvit_here("benchmark", file, "nextvit_nano", "--hint", "latency,throughput", "--rounds", 8, "--json")
+    assert ["streams" in row["setup"]["runtime"] for row in json.loads(done.stdout)["rows"]] == [False, True, False]
+    assert "left out: nextvit_nano, folded" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--runtimes", "tensorflow"], "no runtime 'tensorflow'; take of eager, folded, onnx, openvino"),
+        (["--runtimes", "tensorflow"], "no runtime 'tensorflow'; take of eager, folded, compiled, onnx, openvino"),
         (["--precision", "fp8"], "no precision 'fp8'"),
+        (["--hint", "speed"], "no hint 'speed'; take of latency, throughput"),
+        (["--hint", "throughput"], "torch has no throughput hint"),
+        (["--runtimes", "onnx", "--hint", "throughput"], "onnx has no throughput hint"),
+        (["--images", "missing.jpg"], "none of the 1 files of --images can be read"),
         (["--rounds", "3"], "8 rounds or more"),
         (["--device", "cuda"], "no device 'cuda' here"),
         (["--image-size", "8"], "image-size"),

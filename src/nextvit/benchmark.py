@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from nextvit.errors import UserError
+from nextvit.footprint import Footprint
+from nextvit.pipeline import Pipeline
 from nextvit.progress import track
-from nextvit.runtime.session import Session, Setup
+from nextvit.runtime.session import Session, Setup, random_input
 
 CONFIDENCE = 0.99  # of every interval that is reported
 WARM_UP = 1.0  # seconds for each row, three calls at least
@@ -34,6 +36,8 @@ class Row:
     ratio: float  # median over the rounds of this row's time for an image / the first row's in the same round
     ratio_low: float  # CONFIDENCE interval of that median
     ratio_high: float
+    footprint: Footprint | None = None  # where asked for
+    pipeline: Pipeline | None = None  # of images from files, where asked for
 
     @property
     def differs(self) -> bool:
@@ -66,11 +70,8 @@ def benchmark(
     inputs, calls = [], []
     rows = [(name, session, batch) for name, session in sessions for batch in batches]
     for name, session, batch in track(rows, total=len(rows), label="warm up"):
-        metadata = session.metadata
-        size = image_size or metadata.preprocess.image_size
-        shape = metadata.input_shape(batch, size, size)
-        pixels = metadata.takes_pixels
-        inputs.append(rng.integers(0, 256, shape, np.uint8) if pixels else rng.standard_normal(shape, np.float32))
+        size = image_size or session.metadata.preprocess.image_size
+        inputs.append(random_input(session.metadata, batch, size, rng))
         calls.append(_calls_a_round(name, session, inputs[-1]))
     times = np.zeros((rounds, len(rows)))
     for number in track(range(rounds), total=rounds, label="measure"):

@@ -1,21 +1,36 @@
 """The rows of a benchmark, opened: every model on every runtime and precision that was asked for and can be had."""
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
+from nextvit.benchmark import Row
 from nextvit.devices import fast_precisions, pick_device
 from nextvit.errors import UserError
 from nextvit.exporters.export import export
+from nextvit.footprint import footprint
 from nextvit.formats import RUN, format_named, format_of
-from nextvit.progress import say
+from nextvit.pipeline import measure_pipelines
+from nextvit.progress import say, track
 from nextvit.runtime.open import open_model, open_session
-from nextvit.runtime.session import Session
-from nextvit.runtime.torch_session import TorchSession
+from nextvit.runtime.session import Session, insist_on_latency
+from nextvit.runtime.torch_session import KINDS, TorchSession
 
-RUNTIMES = ("eager", "folded", *RUN)
+RUNTIMES = (*KINDS, *RUN)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model on one runtime: open here, and how to open it in another process."""
+
+    model: str
+    session: Session
+    opener: Callable[[], Session]
+    file: Path | None  # that is run, or that the network is of
 
 
 @contextmanager
@@ -23,57 +38,92 @@ def open_candidates(
     models: Sequence[str],
     *,
     runtimes: Sequence[str],
-    precisions: Sequence[str],
+    precisions: Sequence[str | None],
     weights: str | None,
     device: str,
     threads: Sequence[int],
+    hints: Sequence[str] = ("latency",),
     trust: bool = False,
-) -> Iterator[list[tuple[str, Session]]]:
-    """(name, session) of each row. A precision that a runtime does not have here is left out, and a line says so."""
-    if unknown := [name for name in runtimes if name not in RUNTIMES]:
-        raise UserError(f"there is no runtime {unknown[0]!r}; take of {', '.join(RUNTIMES)}.")
-    if unknown := [name for name in precisions if name not in ("fp32", "bf16", "fp16")]:
-        raise UserError(f"there is no precision {unknown[0]!r}; take of fp32, bf16, fp16.")
-    sessions: list[tuple[str, Session]] = []
+) -> Iterator[list[Candidate]]:
+    """All rows. A precision or hint that a runtime does not have here is left out, and a line says so.
+
+    A precision of None is each file's own, and fp32 for networks.
+    """
+    for what, asked, there in (
+        ("runtime", runtimes, RUNTIMES),
+        ("precision", precisions, ("fp32", "bf16", "fp16", None)),
+        ("hint", hints, ("latency", "throughput")),
+    ):
+        if unknown := [name for name in asked if name not in there]:
+            raise UserError(f"there is no {what} {unknown[0]!r}; take of {', '.join(filter(None, there))}.")
+    candidates: list[Candidate] = []
     refusals: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         for number, name in enumerate(models):
-            files = {"": Path(name)} if format_of(Path(name)) else {}
-            network = None if files else open_model(name, weights)
-            for runtime in () if files else runtimes:
-                if runtime not in ("eager", "folded"):
-                    assert network is not None
-                    say(f"exporting {name} to {runtime} ...")
-                    files[runtime] = Path(folder, f"{number}{format_named(runtime).suffix}")
-                    export(network, files[runtime])
-            asked = [""] if "" in files else runtimes
-            for precision, runtime, count in product(precisions, asked, threads):
+            own = Path(name) if format_of(Path(name)) else None
+            files = _export_each(name, weights, runtimes, Path(folder, str(number))) if own is None else {"": own}
+            for precision, (runtime, file), count, hint in product(precisions, files.items(), threads, hints):
+                if runtime in KINDS:
+                    opener = partial(_open_network, name, weights, device, count, precision, runtime, hint)
+                else:
+                    opener = partial(
+                        open_session,
+                        file or name,
+                        device=device if own else "cpu",
+                        threads=count,
+                        precision=precision,
+                        hint=hint,
+                        trust=trust or own is None,
+                    )
                 try:
-                    if runtime in files:
-                        own = files[runtime] == Path(name)
-                        session = open_session(
-                            files[runtime],
-                            device=device if own else "cpu",
-                            threads=count,
-                            precision=precision,
-                            trust=trust or not own,
-                        )
-                    else:
-                        assert network is not None
-                        folded = runtime == "folded"
-                        session = TorchSession(
-                            network, device=device, threads=count, precision=precision, folded=folded
-                        )
-                    sessions.append((name, session))
+                    candidates.append(Candidate(name, opener(), opener, file))
                 except UserError as error:
-                    if len(precisions) == 1:
+                    if len(precisions) == len(hints) == 1:
                         raise
-                    refusals.append(f"{name}, {runtime or 'its own runtime'}, {precision}: {error}")
+                    refusals.append(f"{name}, {runtime or 'its own runtime'}, {precision}, {hint}: {error}")
         for refusal in refusals:
             say(f"left out: {refusal}")
-        if not sessions:
+        if not candidates:
             raise UserError(f"nothing is left to measure; fp32 runs everywhere, and {_fast(device)} on torch here.")
-        yield sessions
+        yield candidates
+
+
+def with_footprints(rows: Sequence[Row], candidates: Sequence[Candidate]) -> list[Row]:
+    """The rows of a benchmark with what each costs in memory, each measured in a process of its own."""
+    several = len(rows) // len(candidates)  # batch sizes
+    asked = [(rows[i], candidates[i // several]) for i in range(len(rows))]
+    return [
+        replace(row, footprint=footprint(of.opener, of.file, row.batch, row.image_size))
+        for row, of in track(asked, total=len(asked), label="memory, a process each")
+    ]
+
+
+def with_pipelines(rows: Sequence[Row], candidates: Sequence[Candidate], files: Sequence[Path]) -> list[Row]:
+    """The rows of a benchmark with where the time of an image goes, one at a time."""
+    several = len(rows) // len(candidates)
+    found = measure_pipelines([candidate.session for candidate in candidates], files)
+    return [replace(row, pipeline=found[index // several]) for index, row in enumerate(rows)]
+
+
+def _export_each(name: str, weights: str | None, runtimes: Sequence[str], stem: Path) -> dict[str, Path | None]:
+    """The file of a network on each runtime: of a variant or checkpoint itself on torch, else an export."""
+    network = open_model(name, weights)
+    files: dict[str, Path | None] = {}
+    for runtime in runtimes:
+        if runtime in KINDS:
+            files[runtime] = Path(name) if Path(name).is_file() else None
+        else:
+            say(f"exporting {name} to {runtime} ...")
+            files[runtime] = stem.with_suffix(format_named(runtime).suffix)
+            export(network, stem.with_suffix(format_named(runtime).suffix))
+    return files
+
+
+def _open_network(
+    name: str, weights: str | None, device: str, threads: int, precision: str | None, kind: str, hint: str
+) -> Session:
+    insist_on_latency(hint, "torch")
+    return TorchSession(open_model(name, weights), device=device, threads=threads, precision=precision, kind=kind)
 
 
 def _fast(device: str) -> str:

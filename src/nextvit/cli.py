@@ -39,6 +39,7 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; left out:
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
 ImageSize = Annotated[int | None, typer.Option(min=32, help="Side of the input in pixels; left out: the model's own.")]
 Precision = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16, where the device computes in it; else fp32.")]
+Hint = Annotated[str, typer.Option(help="latency; or with OpenVINO throughput: parts of a batch side by side.")]
 Seed = Annotated[int | None, typer.Option(min=0, help="Of everything that is drawn at random.")]
 Trust = Annotated[bool, typer.Option("--trust", help="Open a .pt2 that was not exported here: it runs as a program.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output and nothing else there.")]
@@ -173,6 +174,7 @@ def evaluate(
     precision: Precision = None,
     threads: Threads = None,
     batch_size: BatchSize = 32,
+    hint: Hint = "latency",
     allow_bad: Annotated[
         bool, typer.Option("--allow-bad", help="Accept images that cannot be read; they are left out.")
     ] = False,
@@ -188,7 +190,9 @@ def evaluate(
     from nextvit.runtime.open import open_session
     from nextvit.runtime.predictor import Predictor
 
-    session = open_session(model, weights=weights, device=device, threads=threads, precision=precision, trust=trust)
+    session = open_session(
+        model, weights=weights, device=device, threads=threads, precision=precision, hint=hint, trust=trust
+    )
     predictor = Predictor(session)
     _warn_of_random_weights(model, weights)
     part = read_split(data, split or default_eval_split(data), predictor.labels)
@@ -231,6 +235,7 @@ def predict(
     precision: Precision = None,
     threads: Threads = None,
     batch_size: BatchSize = 16,
+    hint: Hint = "latency",
     trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -244,7 +249,9 @@ def predict(
     from nextvit.runtime.predictor import Predictor
 
     files = expand(source)
-    session = open_session(model, weights=weights, device=device, threads=threads, precision=precision, trust=trust)
+    session = open_session(
+        model, weights=weights, device=device, threads=threads, precision=precision, hint=hint, trust=trust
+    )
     predictor = Predictor(session)
     _warn_of_random_weights(model, weights)
     done, good = interrupted_rows(output, files) if resume else (0, 0)
@@ -345,8 +352,11 @@ def benchmark(
         ),
     ] = "folded",
     precision: Annotated[
-        str, typer.Option(help="Of fp32, bf16, fp16: a row for each that the runtime has here.")
-    ] = "fp32",
+        str | None,
+        typer.Option(
+            help="Of fp32, bf16, fp16: a row for each that the runtime has; left out: the file's own, or fp32."
+        ),
+    ] = None,
     batch_size: Annotated[str, typer.Option(help="Images a call; several, as in 1,8,32, make a row each.")] = "1",
     image_size: ImageSize = None,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; each measures every row once.")] = 20,
@@ -355,29 +365,47 @@ def benchmark(
     threads: Annotated[
         str | None, typer.Option(help="CPU threads; several, as in 1,2, make a row each; left out: all cores.")
     ] = None,
+    hint: Annotated[
+        str, typer.Option(help="Of latency, throughput (OpenVINO: parts of a batch side by side): a row for each.")
+    ] = "latency",
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Also the size of the file, the time to open it and the memory it takes.")
+    ] = False,
+    images: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SOURCE", help="Also where the time of an image goes, on these files; may be repeated."),
+    ] = None,
     seed: Seed = None,
     output: Annotated[Path | None, typer.Option(help="FILE.csv; a plot is drawn beside it.")] = None,
     trust: Trust = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Latency of models, runtimes and precisions side by side, in one interleaved run."""
+    """Latency, throughput and memory of models, runtimes and precisions side by side, in one interleaved run."""
     from nextvit.benchmark import benchmark as run_benchmark
-    from nextvit.candidates import open_candidates
+    from nextvit.candidates import open_candidates, with_footprints, with_pipelines
+    from nextvit.data.sources import expand
     from nextvit.devices import cpu_count
     from nextvit.report import latency_lines, write_latency
 
+    batches = _counts("--batch-size", batch_size)
+    files = expand(images) if images else []
     with open_candidates(
         model,
         runtimes=runtimes.split(","),
-        precisions=precision.split(","),
+        precisions=precision.split(",") if precision else [None],
         weights=weights,
         device=device,
         threads=_counts("--threads", threads) if threads else [cpu_count()],
+        hints=hint.split(","),
         trust=trust,
-    ) as sessions:
-        batches = _counts("--batch-size", batch_size)
+    ) as candidates:
+        sessions = [(candidate.model, candidate.session) for candidate in candidates]
         rows = run_benchmark(sessions, batches=batches, image_size=image_size, rounds=rounds, seed=seed or 0)
+        if files:
+            rows = with_pipelines(rows, candidates, files)
+        if memory:
+            rows = with_footprints(rows, candidates)
     _show({"rows": [row.to_dict() for row in rows]}, as_json, latency_lines(rows))
     if output is not None:
         write_latency(rows, output)

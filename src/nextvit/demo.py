@@ -68,7 +68,7 @@ def main(run: Path) -> None:
 
     with step("measure latency: eager, folded, ONNX Runtime, OpenVINO"):
         sessions: list[tuple[str, Session]] = [
-            ("eager", TorchSession(model, device="cpu", threads=threads, precision="fp32", folded=False)),
+            ("eager", TorchSession(model, device="cpu", threads=threads, precision="fp32", kind="eager")),
             ("folded", predictor.session),
             *((Path(e.path).name, open_session(e.path, device="cpu", threads=threads)) for e in exports),
         ]

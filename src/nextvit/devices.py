@@ -1,6 +1,7 @@
 """Devices, threads and precisions: asked of the machine, never assumed."""
 
 import os
+import shutil
 from typing import Literal
 
 import torch
@@ -57,6 +58,12 @@ def set_threads(threads: int | None) -> int:
         if threads != torch.get_num_threads():
             torch.set_num_threads(threads)
     return torch.get_num_threads()
+
+
+def insist_on_compiler() -> None:
+    """Raise UserError where torch's Inductor has no C++ compiler to make CPU code with."""
+    if not any(shutil.which(name) for name in ("g++", "clang++", "cl")):
+        raise UserError("torch's compiler makes C++, and there is no C++ compiler here; install g++ or clang++.")
 
 
 def cpu_count() -> int:

@@ -4,6 +4,7 @@ import base64
 import csv
 import html
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from nextvit import plots
@@ -53,6 +54,8 @@ def latency_records(rows: Sequence[Row]) -> list[dict[str, object]]:
             "ratio": round(row.ratio, 3),
             "ratio_low": round(row.ratio_low, 3),
             "ratio_high": round(row.ratio_high, 3),
+            **({} if row.footprint is None else asdict(row.footprint)),
+            **({} if row.pipeline is None else asdict(row.pipeline)),
         }
         for row in rows
     ]
@@ -63,10 +66,7 @@ def latency_lines(rows: Sequence[Row]) -> list[str]:
     first = rows[0]
     shown = [
         {
-            "model": row.model,
-            "runtime": f"{row.setup.runtime}, {row.setup.device}",
-            "precision": row.setup.precision,
-            "threads": row.setup.threads,
+            **_row_names(row),
             "batch": row.batch,
             "ms": f"{row.median_ms:.2f} ({row.p25_ms:.2f} to {row.p75_ms:.2f})",
             "images/s": f"{row.images_per_s:.1f}",
@@ -74,12 +74,50 @@ def latency_lines(rows: Sequence[Row]) -> list[str]:
         }
         for row in rows
     ]
-    return [
+    lines = [
         *table(shown),
         f"{first.image_size} x {first.image_size} pixels; ms: for a batch, median and middle half of {first.rounds} "
         "interleaved rounds;",
         f"ratio: time for an image / the first row's in the same round, with a {CONFIDENCE:.0%} interval of its median",
     ]
+    if first.pipeline is not None:
+        lines += ["", *table([_pipeline_cells(row) for row in rows if row.batch == first.batch])]
+        lines.append(f"ms for one image at a time, median of {first.pipeline.images} images from files")
+    if first.footprint is not None:
+        lines += ["", *table([_footprint_cells(row) for row in rows])]
+        lines.append(
+            "load: opening and the first answer, libraries being imported; memory: added to the process's peak"
+        )
+    return lines
+
+
+def _pipeline_cells(row: Row) -> dict[str, object]:
+    p = row.pipeline
+    assert p is not None
+    parts = {"decode": p.decode_ms, "preprocess": p.preprocess_ms, "forward": p.forward_ms, "post": p.post_ms}
+    shown = {name: f"{value:.2f}" for name, value in parts.items()}
+    return {**_row_names(row), **shown, "whole": f"{sum(parts.values()):.2f}"}
+
+
+def _footprint_cells(row: Row) -> dict[str, object]:
+    f = row.footprint
+    assert f is not None
+    return {
+        **_row_names(row),
+        "batch": row.batch,
+        "file": "-" if f.file_mb is None else f"{f.file_mb:.1f} MB",
+        "load": f"{f.load_s:.2f} s",
+        "memory": "-" if f.memory_mb is None else f"{f.memory_mb:.0f} MB",
+    }
+
+
+def _row_names(row: Row) -> dict[str, object]:
+    return {
+        "model": row.model,
+        "runtime": f"{row.setup.runtime}, {row.setup.device}",
+        "precision": row.setup.precision,
+        "threads": row.setup.threads,
+    }
 
 
 def write_latency(rows: Sequence[Row], path: Path) -> None:

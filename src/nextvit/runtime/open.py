@@ -11,7 +11,7 @@ from nextvit.runtime.coreml_session import CoreMLSession
 from nextvit.runtime.executorch_session import ExecuTorchSession
 from nextvit.runtime.onnxruntime_session import OnnxRuntimeSession
 from nextvit.runtime.openvino_session import OpenVINOSession
-from nextvit.runtime.session import Session
+from nextvit.runtime.session import Session, insist_on_latency
 from nextvit.runtime.torch_program_session import TorchProgramSession
 from nextvit.runtime.torch_session import TorchSession
 
@@ -47,17 +47,21 @@ def open_session(
     device: str = "auto",
     threads: int | None = None,
     precision: str | None = None,
+    hint: str = "latency",
     trust: bool = False,
 ) -> Session:
     """Open any MODEL on the runtime that its kind asks for: exported files on their own, weights on torch, folded.
 
-    precision: None is fp32; another only where the device computes in it. trust: open files that are programs,
+    precision: None is the file's own, fp32 for weights; another only where the device computes in it. hint: "latency",
+    or with OpenVINO "throughput", which runs parts of a batch side by side. trust: open files that are programs,
     whoever wrote them.
     """
     if threads is not None and threads < 1:
         raise UserError(f"threads must be 1 or more, not {threads}.")
     path = Path(model)
     fmt = format_of(path)
+    if fmt is None or fmt.name != "openvino":
+        insist_on_latency(hint, fmt.name if fmt else "torch")
     if fmt is None:
         return TorchSession(open_model(model, weights), device=device, threads=threads, precision=precision)
     if weights is not None:
@@ -66,5 +70,7 @@ def open_session(
         raise UserError(f"{fmt.elsewhere.format(path=path)}.")
     if not path.exists():
         raise UserError(f"there is no file {path}; `nextvit export` makes one.")
-    only = {"trust": trust} if fmt.program else {}
+    only: dict[str, bool | str] = {"trust": trust} if fmt.program else {}
+    if fmt.name == "openvino":
+        only = {"hint": hint}
     return EXPORTED[fmt.name](path, device=device, threads=threads, precision=precision, **only)

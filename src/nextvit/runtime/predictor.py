@@ -131,12 +131,16 @@ def load(
     device: str = "auto",
     threads: int | None = None,
     precision: str | None = None,
+    hint: str = "latency",
     trust: bool = False,
 ) -> Predictor:
     """Open any checkpoint or exported file as a predictor.
 
     device: "auto", "cpu", "cuda", ... threads: of the CPU runtime; None: its own choice. precision: "fp32" (also None),
-    "bf16" or "fp16", where the device computes in it. trust: open a `.pt2`, which runs as a program, whoever wrote it.
+    "bf16" or "fp16", where the device computes in it. hint: with OpenVINO also "throughput": parts of a batch
+    are computed side by side. trust: open a `.pt2`, which runs as a program, whoever wrote it.
     Raises UserError for a file that is missing or damaged.
     """
-    return Predictor(open_session(os.fspath(path), device=device, threads=threads, precision=precision, trust=trust))
+    return Predictor(
+        open_session(os.fspath(path), device=device, threads=threads, precision=precision, hint=hint, trust=trust)
+    )

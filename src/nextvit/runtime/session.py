@@ -44,8 +44,22 @@ def own_precision(metadata: Metadata, asked: str | None, runtime: str) -> str:
     return metadata.precision
 
 
+def insist_on_latency(hint: str, runtime: str) -> None:
+    """Raise UserError for the throughput hint, which only OpenVINO has."""
+    if hint != "latency":
+        raise UserError(f"{runtime} has no {hint} hint; OpenVINO files have, for others take larger batches.")
+
+
+def random_input(metadata: Metadata, batch: int, image_size: int, rng: np.random.Generator) -> np.ndarray:
+    """Noise of the kind and shape that a file takes."""
+    shape = metadata.input_shape(batch, image_size, image_size)
+    if metadata.takes_pixels:
+        return rng.integers(0, 256, shape, np.uint8)
+    return rng.standard_normal(shape, np.float32)
+
+
 class Session(Protocol):
-    """float32 (B, C, H, W), normalised -> the raw outputs."""
+    """float32 (B, C, H, W), normalised, or what else its metadata says -> the raw outputs."""
 
     metadata: Metadata
     setup: Setup

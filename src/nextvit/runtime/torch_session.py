@@ -7,28 +7,37 @@ import torch
 from torch import nn
 
 from nextvit.backbone import NextViT
-from nextvit.devices import DTYPES, pick_device, pick_precision, set_threads
+from nextvit.devices import DTYPES, insist_on_compiler, pick_device, pick_precision, set_threads
 from nextvit.folding import fold
 from nextvit.runtime.session import Setup
 
+KINDS = ("eager", "folded", "compiled")
+
 
 class TorchSession:
-    """`folded`: with every BatchNorm merged, as it is exported; else as it was trained."""
+    """kind: "eager" as it was trained; "folded" with every BatchNorm merged; "compiled" that, by torch.compile."""
 
     fixed_batch: int | None = None
 
-    def __init__(self, model: NextViT, *, device: str, threads: int | None, precision: str | None, folded: bool = True):
+    def __init__(
+        self, model: NextViT, *, device: str, threads: int | None, precision: str | None, kind: str = "folded"
+    ):
         place = pick_device(device)
         chosen = pick_precision(precision or "fp32", place)
         self.metadata = model.metadata
         self.setup = Setup(
-            f"torch {torch.__version__.partition('+')[0]}{', folded' if folded else ', eager'}",
+            f"torch {torch.__version__.partition('+')[0]}, {kind}",
             str(place),
             chosen,
             set_threads(threads),
         )
         self._dtype = DTYPES[chosen]
-        self._model = _in_dtype(fold(model) if folded else copy.deepcopy(model).eval(), self._dtype).to(place)
+        network = copy.deepcopy(model).eval() if kind == "eager" else fold(model)
+        self._model = _in_dtype(network, self._dtype).to(place)
+        if kind == "compiled":
+            if place.type == "cpu":
+                insist_on_compiler()
+            self._model.compile(dynamic=False)
         self._place = place
 
     def __call__(self, batch: np.ndarray) -> np.ndarray:
