@@ -112,9 +112,9 @@ def as_taken(image: Image.Image, metadata: Metadata) -> np.ndarray:
 
 def normalise(pixels: np.ndarray, p: Preprocess) -> np.ndarray:
     """uint8 (H, W, 3) -> float32 (3, H, W), scaled to 0..1, then mean and std."""
-    values = pixels.astype(np.float32) / np.float32(255)
-    values = (values - np.asarray(p.mean, np.float32)) / np.asarray(p.std, np.float32)
-    return np.ascontiguousarray(values.transpose(2, 0, 1))
+    levels = np.arange(256, dtype=np.float32) / np.float32(255)
+    tables = [(levels - np.float32(mean)) / np.float32(std) for mean, std in zip(p.mean, p.std, strict=True)]
+    return np.stack([table[pixels[:, :, channel]] for channel, table in enumerate(tables)])
 
 
 def pixels(image: np.ndarray, preprocess: Preprocess) -> np.ndarray:
