@@ -1,14 +1,18 @@
-"""A variant on a CPU beside the best that timm offers, and beside ResNet101: latency at 224 x 224, one interleaved run.
+"""Variants on a CPU beside the best that timm offers, and beside a ResNet: 224 x 224, one interleaved run a table.
 
-    python benchmarks/cpu.py --model nextvit_small --output performance.csv
+    python benchmarks/cpu.py --model nextvit_small --output performance
 
-Rows: timm eager; timm's own way (reparameterize_model, ONNX, OpenVINO, NNCF as it comes); our files; ResNet101 on the
-same runtime. Weights are random with calibrated BatchNorm, which changes no latency. All is compared to the first row.
+Latency of one image: timm eager; timm's own way (reparameterize_model, ONNX, OpenVINO, NNCF as it comes); our files; a
+ResNet on the same runtime. Then our files alone: batches, OpenVINO's hints, size, load time and memory. Weights are
+random with calibrated BatchNorm, which changes no latency. All is compared to the first row. Without --model: every
+variant.
 """
 
 import argparse
 import copy
 import os
+import shutil
+import subprocess
 import sys
 import tempfile
 import warnings
@@ -24,7 +28,7 @@ from timm.utils import reparameterize_model
 from torch import nn
 
 import nextvit
-from nextvit.benchmark import benchmark
+from nextvit.benchmark import Row, benchmark
 from nextvit.data.images import preprocess
 from nextvit.devices import cpu_count
 from nextvit.exporters.parity import real_images
@@ -33,6 +37,7 @@ from nextvit.report import latency_lines, write_latency
 from nextvit.runtime.open import open_session
 from nextvit.runtime.session import Session, Setup
 
+PEERS = {"nextvit_nano": "resnet18", "nextvit_tiny": "resnet18", "nextvit_large": "resnet152"}  # others: resnet101
 CORE = ov.Core()
 BF16 = "BF16" in CORE.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
@@ -81,59 +86,68 @@ def calibrate(model: nn.Module, images: np.ndarray) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="nextvit_small", choices=nextvit.list_models())
+    parser.add_argument("--model", nargs="+", default=nextvit.list_models(), choices=nextvit.list_models())
     parser.add_argument("--threads", type=int, default=cpu_count())
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, help="a folder for CSV files and plots")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     nncf.set_log_level(40)
     torch.manual_seed(0)
     torch.set_num_threads(given.threads)
+    policy, version = os.environ.get("OMP_WAIT_POLICY", "not set"), ov.__version__.partition("-")[0]
+    print(f"OMP_WAIT_POLICY {policy}; OpenVINO {version}; torch {torch.__version__}")
+    for model in given.model:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            rows = beside_others(model, folder, given.threads, given.rounds)
+            print("\n".join(["", *latency_lines(rows), ""]), flush=True)
+            files = sorted(file.name for file in folder.glob("*.xml"))
+            flags = ["--batch-size", "1,8,32", "--hint", "latency,throughput", "--memory", "--output", "files.csv"]
+            command = [sys.executable, "-m", "nextvit", "benchmark", *files, *flags, "--threads", str(given.threads)]
+            subprocess.run([*command, "--rounds", str(max(8, given.rounds // 3))], cwd=folder, check=True)
+            if given.output is not None:
+                write_latency(rows, given.output / f"{model}.csv")
+                shutil.copy(folder / "files.csv", given.output / f"{model}-files.csv")
+
+
+def beside_others(name: str, folder: Path, threads: int, rounds: int) -> list[Row]:
+    """Latency of our files, which are left in the folder, beside timm's and the peer's."""
     images = np.stack([preprocess(image, Preprocess()) for image in real_images()])
     samples = nncf.Dataset([image[None] for image in images])
-
-    ours = nextvit.create_model(given.model)
+    ours = nextvit.create_model(name)
     calibrate(ours, images)
     rows: list[tuple[str, Session]] = []
 
     def foreign(name: str, model: nn.Module) -> None:
         """A timm model, eager and by the usual way."""
-        rows.append((f"timm {name}", eager(model, given.threads)))
+        rows.append((f"timm {name}", eager(model, threads)))
         ir = through_onnx(model)
-        rows.append((f"timm {name}", on_openvino(ir, "fp32", "f32", given.threads)))
+        rows.append((f"timm {name}", on_openvino(ir, "fp32", "f32", threads)))
         if BF16:
-            rows.append((f"timm {name}", on_openvino(ir, "bf16", "bf16", given.threads)))
+            rows.append((f"timm {name}", on_openvino(ir, "bf16", "bf16", threads)))
         quantised = nncf.quantize(ir, samples, subset_size=len(images))
-        rows.append((f"timm {name}", on_openvino(quantised, "int8", "f32", given.threads)))
+        rows.append((f"timm {name}", on_openvino(quantised, "int8", "f32", threads)))
         if BF16:  # what OpenVINO does where nobody sets the precision
-            rows.append((f"timm {name}", on_openvino(quantised, "int8, else bf16", "bf16", given.threads)))
+            rows.append((f"timm {name}", on_openvino(quantised, "int8, else bf16", "bf16", threads)))
 
-    if timm.is_model(given.model):
-        theirs = timm.create_model(given.model)
+    if timm.is_model(name):
+        theirs = timm.create_model(name)
         theirs.load_state_dict(ours.state_dict())
-        foreign(given.model, theirs.eval())
+        foreign(name, theirs.eval())
     else:  # nano and tiny are not in timm
-        rows.append((given.model, eager(ours.eval(), given.threads)))
-    with tempfile.TemporaryDirectory() as folder:
-        for precision in ("fp32", "bf16", "int8"):
-            if precision == "bf16" and not BF16:
-                continue
-            path = Path(folder, f"{precision}.xml")
-            given_images = [*real_images(), *(image.rotate(180) for image in real_images())]
-            calibration = given_images * 2 if precision == "int8" else None
-            nextvit.export(ours, path, precision=precision, calibration=calibration, max_drop=None)
-            rows.append((given.model, open_session(path, device="cpu", threads=given.threads)))
-        resnet = timm.create_model("resnet101")
-        calibrate(resnet, images)
-        foreign("resnet101", resnet)
-        measured = benchmark(rows, image_size=224, rounds=given.rounds)
-    print("\n".join(latency_lines(measured)))
-    print(
-        f"OMP_WAIT_POLICY {os.environ.get('OMP_WAIT_POLICY', 'not set')}; OpenVINO {ov.__version__.partition('-')[0]}"
-    )
-    if given.output is not None:
-        write_latency(measured, given.output)
+        rows.append((name, eager(ours.eval(), threads)))
+    for precision in ("fp32", "bf16", "int8") if BF16 else ("fp32", "int8"):
+        path = folder / f"{precision}.xml"
+        calibration = [image.rotate(90 * turn) for turn in range(4) for image in real_images()]
+        given_images = calibration if precision == "int8" else None
+        nextvit.export(ours, path, precision=precision, calibration=given_images, max_drop=None)
+        rows.append((name, open_session(path, device="cpu", threads=threads)))
+    peer = PEERS.get(name, "resnet101")
+    resnet = timm.create_model(peer)
+    calibrate(resnet, images)
+    foreign(peer, resnet)
+    return benchmark(rows, image_size=224, rounds=rounds)
 
 
 if __name__ == "__main__":
