@@ -284,7 +284,7 @@ def test_parts_that_are_to_stay_float_have_float_weights_and_all_others_have_not
     part, images = "stages.2.blocks.1", list(np.random.default_rng(0).standard_normal((2, 1, 3, 64, 64), dtype="f4"))
     metadata = replace(model.metadata.with_image_size(64), precision="int8")
     form, plan = export_form(model, fixed=True), quantization.Plan(float_parts=(part,))
-    job = Job(form, Path("unwritten"), metadata, Free(False, False), Calibration(images, images), plan)
+    job = Job(form, Path("unwritten"), metadata, Free(False, False), Calibration(images, images, images), plan)
     graph = quantized(job, {"batch": 1, "side": 64}, writer._quantizer(plan)).graph
     in_float, rounded = set(), set()
     for node in graph.nodes:

@@ -299,6 +299,9 @@ def export(
     max_drop: Annotated[
         float, typer.Option(min=0, help="For int8: points of accuracy that may be lost; layers stay float to keep it.")
     ] = 0.5,
+    qat_epochs: Annotated[
+        int, typer.Option(min=0, help="For int8: passes of quantisation-aware fine-tuning over the calibration images.")
+    ] = 0,
     force: Annotated[bool, typer.Option("--force", help="Write int8 whatever it loses; the report says it.")] = False,
     static: Annotated[
         bool, typer.Option("--static", help="Fix batch 1 and the image size; else all three stay free.")
@@ -332,6 +335,7 @@ def export(
         precision=precision,
         calibration=calibration,
         max_drop=None if force else max_drop,
+        qat_epochs=qat_epochs,
         dynamic=not static,
         preprocess=preprocess,
         stages=stages,

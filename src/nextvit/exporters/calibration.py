@@ -19,6 +19,7 @@ from nextvit.progress import track
 
 FEWEST = 32  # images that ranges of activations can be taken from
 CALIBRATED = 300  # images at most; more hardly change the ranges
+TUNED = 3000  # at most, to fine-tune on
 MEASURED = 1000  # at most
 STRANGE = (
     0.35  # standard deviations off: images of one class come to 0.1, other photographs to 0.4, inverted ones to 0.8
@@ -47,17 +48,18 @@ class Images:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Images to take the ranges of activations from, others to measure the accuracy on, and what is odd about them."""
+    """Images to fine-tune on, some of them to take ranges of activations from, others to measure the accuracy on."""
 
+    train: Images
     calibrate: Images
     measure: Images
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what is odd about them
 
 
 def read_calibration(
-    source: str | os.PathLike[str] | Sequence[ImageSource], model: NextViT, metadata: Metadata
+    source: str | os.PathLike[str] | Sequence[ImageSource], model: NextViT, metadata: Metadata, *, tune: bool = False
 ) -> Calibration:
-    """Choose the images of a folder, of `demo`, or of a list, evenly spread over them.
+    """Choose the images of a folder, of `demo`, or of a list, evenly spread over them; more of them to fine-tune on.
 
     A folder with `train/` and `val/` or `test/` is calibrated on the first and measured on the other; of one folder of
     classes every fifth image is measured on; images without known classes are split the same way. Raises UserError
@@ -70,7 +72,8 @@ def read_calibration(
         notes = []
     else:
         raise UserError("calibration takes a folder of images, or a list of images.")
-    first, bad = _readable(_spread(first, CALIBRATED), "read calibration images")
+    train, bad = _readable(_spread(first, TUNED if tune else CALIBRATED), "read calibration images")
+    first = _spread(train, CALIBRATED)
     second, more = _readable(_spread(second, MEASURED), "read images to measure on")
     if bad + more:
         notes.append(f"{len(bad) + len(more)} images could not be read and are left out: {(bad + more)[0]}")
@@ -80,7 +83,7 @@ def read_calibration(
             f"{where} has {len(first)} images to calibrate on and {len(second)} to measure on; int8 needs {FEWEST} or "
             f"more in all, and is better with {CALIBRATED}."
         )
-    return Calibration(first, second, (*notes, *_oddities(first, model)))
+    return Calibration(train, first, second, (*notes, *_oddities(first, model)))
 
 
 def _of_folder(source: Path | str, metadata: Metadata) -> tuple[Images, Images, list[str]]:

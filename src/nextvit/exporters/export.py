@@ -22,6 +22,7 @@ from nextvit.exporters.job import Job, Written
 from nextvit.exporters.parity import Parity, StageComparison, compare, compare_stages
 from nextvit.exporters.program import quiet
 from nextvit.exporters.quantization import Accuracy, accuracy, logits_of, truth_of
+from nextvit.exporters.rounding import finetune
 from nextvit.extras import need
 from nextvit.files import replacing
 from nextvit.formats import FORMATS, Format, Free, format_named, format_of
@@ -70,6 +71,7 @@ def export(
     precision: str = "fp32",
     calibration: str | os.PathLike[str] | Sequence[ImageSource] | None = None,
     max_drop: float | None = 0.5,
+    qat_epochs: int = 0,
     dynamic: bool = True,
     preprocess: bool = False,
     stages: bool = False,
@@ -81,6 +83,7 @@ def export(
     calibration: for int8: a folder of images, `demo`, or a list of images as predict takes them.
     max_drop: for int8: points of top-1 that may be lost against the float model (of agreement with it, where the images
         have no known classes); layers are taken back to float to keep it. None: write what comes out, and report it.
+    qat_epochs: for int8: passes of quantisation-aware fine-tuning over up to 3,000 of the images, before calibration.
     dynamic: batch, height and width stay free; else batch 1 and image_size are fixed.
     preprocess: the file takes uint8 images of any size and prepares them itself.
     stages: also compare what each stage gives, to find where a format goes wrong.
@@ -91,10 +94,10 @@ def export(
     AccuracyError where int8 loses more than max_drop; then nothing is left under `path`.
     """
     path = Path(path)
-    fmt = _checked(model, path, precision, calibration is not None, max_drop, preprocess)
+    fmt = _checked(model, path, precision, calibration is not None, max_drop, qat_epochs, preprocess)
     writer = import_module(f"nextvit.exporters.{fmt.name}")
     metadata = replace(model.metadata.with_image_size(image_size), version=__version__, precision=precision)
-    images = None if calibration is None else read_calibration(calibration, model, metadata)
+    images = None if calibration is None else read_calibration(calibration, model, metadata, tune=qat_epochs > 0)
     metadata = replace(metadata, takes_pixels=preprocess)
     start = time.perf_counter()
     free = fmt.left_open(metadata.preprocess.image_size, dynamic, preprocess)
@@ -103,7 +106,13 @@ def export(
         notes = (*notes, f"the sides are fixed: {fmt.name} leaves them open from {fmt.open_from} pixels up only")
     plain = copy.deepcopy(model).eval().cpu().float()
     with replacing(path) as unfinished:
-        job = Job(export_form(plain, fixed=preprocess or not free.sides), unfinished, metadata, free, images)
+        form = export_form(plain, fixed=preprocess or not free.sides)
+        job = Job(form, unfinished, metadata, free, images)
+        if images is not None and qat_epochs:
+            first, last = finetune(form, plain, images.train, qat_epochs)
+            told = f"{qat_epochs} epochs on {len(images.train)} images: {first:.3g} to {last:.3g} nats from its answers"
+            kept = "" if last < first else "; it did not help, and the weights are as they were"
+            notes = (*notes, f"fine-tuned in int8 to answer as the model does, {told}{kept}")
         measured, parity = None, None
         by_stage: tuple[StageComparison, ...] = ()
         if images is None:
@@ -139,7 +148,13 @@ def export(
 
 
 def _checked(
-    model: NextViT, path: Path, precision: str, calibrated: bool, max_drop: float | None, preprocess: bool
+    model: NextViT,
+    path: Path,
+    precision: str,
+    calibrated: bool,
+    max_drop: float | None,
+    qat_epochs: int,
+    preprocess: bool,
 ) -> Format:
     """The format that is asked for; refused before any work starts where it cannot be."""
     fmt = format_of(path)
@@ -156,6 +171,10 @@ def _checked(
     if (precision == "int8") != calibrated:
         what = "alone takes calibration images" if calibrated else "needs calibration images"
         raise UserError(f"int8 {what}; give a folder of images like those that the model will see, or `demo`.")
+    if qat_epochs and precision != "int8":
+        raise UserError(f"fine-tuning for int8 is of no use in {precision}; leave --qat-epochs out.")
+    if qat_epochs < 0:
+        raise UserError(f"qat_epochs must be 0 or more, not {qat_epochs}.")
     if max_drop is not None and not max_drop >= 0:
         raise UserError(f"max_drop must be 0 or more points, not {max_drop}.")
     with quiet():  # some remark on what else is installed as they are imported
@@ -174,10 +193,12 @@ def _open(path: Path) -> Session:
 
 def _compare_stages(writer: ModuleType, model: NextViT, fmt: Format, job: Job) -> tuple[StageComparison, ...]:
     """Write a second file whose output is all stages', of one size, and compare them; it is not kept."""
-    form = StageOutputs(export_form(model, fixed=True))
+    form = export_form(model, fixed=True)
+    form.load_state_dict(job.form.state_dict())  # fine-tuned, it may be
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"stages{fmt.suffix}")
-        written = writer.write(replace(job.of_network(), form=form, path=path, free=Free(batch=False, sides=False)))
+        closed = Free(batch=False, sides=False)
+        written = writer.write(replace(job.of_network(), form=StageOutputs(form), path=path, free=closed))
         return compare_stages(model, _open(written.opened))
 
 
@@ -220,7 +241,7 @@ def _write_int8(
     raise AccuracyError(
         f"{job.path.name} was not written: in int8 it loses {measured.drop:.2f} points of {measured.metric} on "
         f"{measured.images} images, and at most {max_drop:g} are allowed; calibrate on more images like those that the "
-        "model will see, or accept it with --force."
+        "model will see, fine-tune with --qat-epochs, or accept it with --force."
     )
 
 

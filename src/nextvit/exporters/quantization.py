@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from nextvit.backbone import NCB, NTB, NextViT
 from nextvit.exporters.calibration import Calibration, Images
 from nextvit.exporters.form import export_form
 from nextvit.exporters.parity import label_agreement
+from nextvit.exporters.rounding import rounded
 from nextvit.extras import need
 from nextvit.progress import track
 from nextvit.runtime.session import Session
@@ -84,33 +84,9 @@ def sensitive_parts(model: NextViT, images: Images) -> list[str]:
         exact = network(batch)
         moved = {}
         for name, part in track(parts.items(), total=len(parts), label="find the sensitive parts"):
-            with _rounded(part):
+            with rounded(part):
                 moved[name] = float((network(batch) - exact).square().mean())
     return sorted(parts, key=lambda name: -moved[name])
-
-
-@contextlib.contextmanager
-def _rounded(part: nn.Module) -> Iterator[None]:
-    """With weights and inputs of the part's layers rounded to 8 bits."""
-    layers = [layer for layer in part.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
-    weights = [layer.weight.data for layer in layers]
-
-    def round_input(_: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-        low, high = min(float(inputs[0].min()), 0.0), max(float(inputs[0].max()), 0.0)
-        scale = max(high - low, 1e-12) / 255
-        return torch.fake_quantize_per_tensor_affine(inputs[0], scale, round(-low / scale), 0, 255)
-
-    hooks = [layer.register_forward_pre_hook(round_input) for layer in layers]
-    try:
-        for layer in layers:
-            scales = layer.weight.data.flatten(1).abs().amax(1).clamp(min=1e-12) / 127
-            zeros = torch.zeros(len(scales), dtype=torch.int32)
-            layer.weight.data = torch.fake_quantize_per_channel_affine(layer.weight.data, scales, zeros, 0, -127, 127)
-        yield
-    finally:
-        for layer, weight, hook in zip(layers, weights, hooks, strict=True):
-            layer.weight.data = weight
-            hook.remove()
 
 
 @dataclass(frozen=True)
