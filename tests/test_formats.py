@@ -111,7 +111,7 @@ def _run_and_fail(command, folder):
     (folder / "logits.f32").write_bytes(kept[1])
 
 
-@pytest.mark.parametrize("preprocess", [False, True])
+@pytest.mark.parametrize("preprocess", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_example_of_openvino_runs_in_python_and_compiles_and_runs_in_cpp(preprocess, model, tmp_path):
     import openvino
 
@@ -126,7 +126,7 @@ def test_the_example_of_openvino_runs_in_python_and_compiles_and_runs_in_cpp(pre
     _run_and_fail([str(folder / "run")], folder)
 
 
-@pytest.mark.parametrize("preprocess", [False, True])
+@pytest.mark.parametrize("preprocess", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_example_of_onnx_runs_in_python_and_in_javascript(preprocess, model, tmp_path):
     nextvit.export(model, tmp_path / 'a "b" #1.onnx', image_size=64, dynamic=False, preprocess=preprocess)
     folder = tmp_path / 'a "b" #1.onnx.example'

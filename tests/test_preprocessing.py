@@ -18,6 +18,7 @@ from nextvit.metadata import Preprocess
 from tests.conftest import fill, nextvit_here
 
 ENDINGS = [fmt.suffix for fmt in FORMATS if fmt.pixels is not None and fmt.name != "aotinductor"]
+SLOW = pytest.mark.slow
 SIZES = [(375, 500), (877, 325), (100, 1000), (60, 41), (1, 5), (3, 2), (256, 256), (257, 256), (224, 224), (225, 500)]
 
 
@@ -72,7 +73,9 @@ def channels(image: Image.Image) -> np.ndarray:
     return np.asarray(image).transpose(2, 0, 1)
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize(
+    "ending", [end if end in (".onnx", ".xml") else pytest.param(end, marks=SLOW) for end in ENDINGS]
+)
 def test_a_file_prepares_images_of_any_size_as_the_model_s_user_would(ending, model, tmp_path):
     report = nextvit.export(model, tmp_path / f"m{ending}", image_size=64, preprocess=True)
     assert report.checked.ok
