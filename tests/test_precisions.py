@@ -88,7 +88,7 @@ def test_each_size_is_compiled_once_and_the_last_few_are_kept(int8):
         session = open_session(path)
         for side in (32, 64, 96, 32, 128, 160, 32):
             session(np.zeros((1, 3, side, side), np.float32))
-        assert [shape[2] for shape in session._requests] == [96, 128, 160, 32]
+        assert [shape[2] for shape in session._kept] == [96, 128, 160, 32]
 
 
 @pytest.mark.slow
