@@ -100,8 +100,8 @@ class Metadata:
                 raise ValueError(f"{counts[0]!r} classes, {counts[1]!r} input channels")
             if record.precision not in PRECISIONS or record.task not in TASKS:
                 raise ValueError(f"task {record.task!r}, precision {record.precision!r}")
-            if not isinstance(record.takes_pixels, bool):
-                raise ValueError(f"takes_pixels {record.takes_pixels!r}")
+            if not isinstance(record.takes_pixels, bool) or (record.takes_pixels and record.in_channels != 3):
+                raise ValueError(f"takes_pixels {record.takes_pixels!r} of {record.in_channels} channels")
             if record.labels and len(record.labels) != record.num_classes:
                 raise ValueError(f"{len(record.labels)} labels for {record.num_classes} classes")
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
