@@ -40,6 +40,7 @@ from nextvit.runtime.session import Session, Setup
 PEERS = {"nextvit_nano": "resnet18", "nextvit_tiny": "resnet18", "nextvit_large": "resnet152"}  # others: resnet101
 CORE = ov.Core()
 BF16 = "BF16" in CORE.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+PRECISIONS = ("fp32", "bf16", "int8") if BF16 else ("fp32", "int8")
 
 
 class Call:
@@ -102,7 +103,7 @@ def main() -> None:
             folder = Path(name)
             rows = beside_others(model, folder, given.threads, given.rounds)
             print("\n".join(["", *latency_lines(rows), ""]), flush=True)
-            files = sorted(file.name for file in folder.glob("*.xml"))
+            files = [f"{precision}.xml" for precision in PRECISIONS]
             flags = ["--batch-size", "1,8,32", "--hint", "latency,throughput", "--memory", "--output", "files.csv"]
             command = [sys.executable, "-m", "nextvit", "benchmark", *files, *flags, "--threads", str(given.threads)]
             subprocess.run([*command, "--rounds", str(max(8, given.rounds // 3))], cwd=folder, check=True)
@@ -137,7 +138,7 @@ def beside_others(name: str, folder: Path, threads: int, rounds: int) -> list[Ro
         foreign(name, theirs.eval())
     else:  # nano and tiny are not in timm
         rows.append((name, eager(ours.eval(), threads)))
-    for precision in ("fp32", "bf16", "int8") if BF16 else ("fp32", "int8"):
+    for precision in PRECISIONS:
         path = folder / f"{precision}.xml"
         calibration = [image.rotate(90 * turn) for turn in range(4) for image in real_images()]
         given_images = calibration if precision == "int8" else None
