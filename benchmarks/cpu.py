@@ -144,8 +144,6 @@ def beside_others(name: str, folder: Path, threads: int, rounds: int) -> list[Ro
         given_images = calibration if precision == "int8" else None
         nextvit.export(ours, path, precision=precision, calibration=given_images, max_drop=None)
         rows.append((name, open_session(path, device="cpu", threads=threads)))
-    if BF16:
-        rows.append((name, open_session(path, device="cpu", threads=threads, precision="bf16")))
     peer = PEERS.get(name, "resnet101")
     resnet = timm.create_model(peer)
     calibrate(resnet, images)

@@ -14,7 +14,6 @@ from nextvit.data.demo_images import garments
 from nextvit.errors import AccuracyError, UserError
 from nextvit.exporters.calibration import read_calibration
 from nextvit.exporters.openvino import layers_run
-from nextvit.exporters.parity import real_images
 from nextvit.recipe import read_recipe
 from nextvit.runtime.open import open_session
 from nextvit.train import train
@@ -36,21 +35,6 @@ def model(garment_folder, tmp_path_factory):
 def int8(request, model, garment_folder, tmp_path_factory):
     path = tmp_path_factory.mktemp("int8") / f"m{request.param}"
     return path, nextvit.export(model, path, precision="int8", calibration=garment_folder, max_drop=None)
-
-
-def test_what_int8_leaves_in_float_is_computed_in_bf16_where_that_is_asked_for_and_can_be_had(int8):
-    path, _ = int8
-    if path.suffix == ".xml" and BF16:
-        image = real_images()[:8]
-        plain, half = nextvit.load(path), nextvit.load(path, precision="bf16")
-        assert (plain.session.setup.precision, half.session.setup.precision) == ("int8", "int8, else bf16")
-        a, b = (np.concatenate([p.run(p.prepare(i)[None]) for i in image]) for p in (plain, half))
-        assert 0 < np.abs(a - b).max() < 0.2 * np.abs(a).max()
-    else:
-        with pytest.raises(UserError, match="does not compute in bf16|in int8, not in bf16"):
-            nextvit.load(path, precision="bf16")
-    with pytest.raises(UserError, match="does not compute in fp32|in int8, not in fp32"):
-        nextvit.load(path, precision="fp32")
 
 
 @pytest.mark.parametrize(("ending", "precision"), [(".onnx", "fp16"), (".xml", "fp16"), (".xml", "bf16")])

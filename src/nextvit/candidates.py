@@ -51,7 +51,7 @@ def open_candidates(
     """
     for what, asked, there in (
         ("runtime", runtimes, RUNTIMES),
-        ("precision", precisions, ("fp32", "bf16", "fp16", "int8", None)),
+        ("precision", precisions, ("fp32", "bf16", "fp16", None)),
         ("hint", hints, ("latency", "throughput")),
     ):
         if unknown := [name for name in asked if name not in there]:

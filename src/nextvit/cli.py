@@ -358,7 +358,7 @@ def benchmark(
     precision: Annotated[
         str | None,
         typer.Option(
-            help="Of fp32, bf16, fp16, int8: a row for each that can be had; left out: the file's own, or fp32."
+            help="Of fp32, bf16, fp16: a row for each that the runtime has; left out: the file's own, or fp32."
         ),
     ] = None,
     batch_size: Annotated[str, typer.Option(help="Images a call; several, as in 1,8,32, make a row each.")] = "1",

@@ -38,8 +38,7 @@ class OpenVINOSession:
     """Runs on the CPU plugin. The precision is always set: left alone, the plugin takes its own (bf16 where it can).
 
     Each size of input is compiled for itself, because free sizes cost time at every call, and the last few are kept.
-    What an int8 file leaves in float is computed in fp32, in bf16 if that is asked for; fp16 weights in fp32 too, where
-    the CPU does not compute in fp16.
+    What an int8 file leaves in float is computed in fp32; fp16 weights too, where the CPU does not compute in fp16.
 
     hint: "latency", where all threads compute one batch; "throughput", where its parts are computed side by side, in as
     many streams as OpenVINO finds best. NEXTVIT_OPENVINO_CACHE names a folder that keeps compiled models.
@@ -91,12 +90,9 @@ class OpenVINOSession:
         """The precision of the float layers, and how the whole is shown."""
         own = self.metadata.precision
         if own == "int8":
-            if asked in (None, "int8"):
-                return "fp32", "int8"
-            if asked != "bf16":
+            if asked not in (None, "int8"):
                 raise UserError(f"this file is int8 and does not compute in {asked}; leave --precision out.")
-            insist_on(asked)
-            return asked, "int8, else bf16"
+            return "fp32", "int8"
         if asked is None and own == "fp16" and own not in computed_in():
             return "fp32", "fp32"
         chosen = asked or own
