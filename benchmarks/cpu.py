@@ -109,7 +109,8 @@ def main() -> None:
             subprocess.run([*command, "--rounds", str(max(8, given.rounds // 3))], cwd=folder, check=True)
             if given.output is not None:
                 write_latency(rows, given.output / f"{model}.csv")
-                shutil.copy(folder / "files.csv", given.output / f"{model}-files.csv")
+                for end in ("csv", "png"):
+                    shutil.copy(folder / f"files.{end}", given.output / f"{model}-files.{end}")
 
 
 def beside_others(name: str, folder: Path, threads: int, rounds: int) -> list[Row]:

@@ -159,11 +159,12 @@ def test_each_part_of_the_time_stands_in_its_own_column(monkeypatch, clock, tmp_
 
     class Fixed(Busy):
         def __call__(self, batch):
+            assert batch.shape == (1, 3, 64, 64), "of the size that is measured"
             clock.now += self.seconds
             return np.zeros((len(batch), 1000), np.float32)
 
     Image.new("RGB", (50, 40)).save(tmp_path / "a.png")
-    fast, slow = pipeline.measure_pipelines([Fixed(0.01, clock), Fixed(0.02, clock)], [tmp_path / "a.png"])
+    fast, slow = pipeline.measure_pipelines([Fixed(0.01, clock), Fixed(0.02, clock)], [tmp_path / "a.png"], 64)
     assert (fast.decode_ms, fast.preprocess_ms, fast.forward_ms) == pytest.approx((3, 2, 10))
     assert slow.forward_ms == pytest.approx(20)
     with pytest.raises(UserError, match="none of the 1 files"):
@@ -207,6 +208,7 @@ def test_parts_of_a_batch_computed_side_by_side_give_the_same_answers(dynamic, t
         (["--precision", "fp8"], "no precision 'fp8'"),
         (["--hint", "speed"], "no hint 'speed'; take of latency, throughput"),
         (["--hint", "throughput"], "torch has no throughput hint"),
+        (["missing.xml", "--hint", "latency,throughput"], "there is no file missing.xml"),
         (["--images", "missing.jpg"], "none of the 1 files of --images can be read"),
         (["--rounds", "3"], "8 rounds or more"),
         (["--device", "cuda"], "no device 'cuda' here"),

@@ -1,7 +1,9 @@
 """Preprocessing inside a file: Pillow's, to the edge of rounding, in every runtime that has it."""
 
+import copy
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -133,6 +135,30 @@ def test_what_cannot_prepare_images_says_so_before_any_work(model, tmp_path):
             nextvit.export(model, tmp_path / f"m{ending}", preprocess=True)
     with pytest.raises(UserError, match="only RGB images"):
         nextvit.export(nextvit.create_model("nextvit_nano", in_channels=4), tmp_path / "m.onnx", preprocess=True)
+    nearest = copy.deepcopy(model)
+    nearest.metadata = replace(model.metadata, preprocess=Preprocess(interpolation="nearest"))
     with pytest.raises(UserError, match="nearest pixel"):
-        Preprocessing(Preprocess(interpolation="nearest"))
+        nextvit.export(nearest, tmp_path / "m.onnx", preprocess=True)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_one_image_that_is_too_large_for_the_file_is_a_row_and_ends_nothing(model, tmp_path):
+    nextvit.export(model, tmp_path / "m.pte", image_size=64, preprocess=True)
+    for name, side in (("a", 100), ("b", 2100), ("c", 50)):
+        Image.new("RGB", (side, 40), "red").save(tmp_path / f"{name}.png")
+    files = sorted(tmp_path.glob("?.png"))
+    answers = [answer for _, answer in nextvit.load(tmp_path / "m.pte").stream(files)]
+    assert [isinstance(answer, str) for answer in answers] == [False, True, False]
+    assert "takes up to 2048 x 2048 pixels, not 40 x 2100; make the image smaller" in answers[1]
+
+
+def test_hints_and_caches_that_are_none_are_a_sentence(model, tmp_path, monkeypatch):
+    nextvit.export(model, tmp_path / "m.xml", image_size=64, preprocess=True)
+    with pytest.raises(UserError, match="no hint 'speed'; take of latency, throughput"):
+        nextvit.load(tmp_path / "m.xml", hint="speed")
+    with pytest.raises(UserError, match="takes them one at a time; leave --hint out"):
+        nextvit.load(tmp_path / "m.xml", hint="throughput")
+    monkeypatch.setenv("NEXTVIT_OPENVINO_CACHE", str(tmp_path / "m.xml" / "inside"))
+    with pytest.raises(UserError, match="NEXTVIT_OPENVINO_CACHE is .*; name a folder"):
+        nextvit.load(tmp_path / "m.xml")

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from nextvit.benchmark import Row
 from nextvit.devices import fast_precisions, pick_device
-from nextvit.errors import UserError
+from nextvit.errors import NotHere, UserError
 from nextvit.exporters.export import export
 from nextvit.footprint import footprint
 from nextvit.formats import RUN, format_named, format_of
-from nextvit.pipeline import measure_pipelines
+from nextvit.pipeline import Pipeline
 from nextvit.progress import say, track
-from nextvit.runtime.open import open_model, open_session
+from nextvit.runtime.open import HINTS, open_model, open_session
 from nextvit.runtime.session import Session, insist_on_latency
 from nextvit.runtime.torch_session import KINDS, TorchSession
 
@@ -52,7 +52,7 @@ def open_candidates(
     for what, asked, there in (
         ("runtime", runtimes, RUNTIMES),
         ("precision", precisions, ("fp32", "bf16", "fp16", None)),
-        ("hint", hints, ("latency", "throughput")),
+        ("hint", hints, HINTS),
     ):
         if unknown := [name for name in asked if name not in there]:
             raise UserError(f"there is no {what} {unknown[0]!r}; take of {', '.join(filter(None, there))}.")
@@ -77,14 +77,17 @@ def open_candidates(
                     )
                 try:
                     candidates.append(Candidate(name, opener(), opener, file))
-                except UserError as error:
+                except NotHere as error:
                     if len(precisions) == len(hints) == 1:
                         raise
-                    refusals.append(f"{name}, {runtime or 'its own runtime'}, {precision}, {hint}: {error}")
+                    where = f"{runtime or 'its own runtime'}, {precision or 'its own precision'}, {hint}"
+                    refusals.append(f"{name}, {where}: {error}")
         for refusal in refusals:
             say(f"left out: {refusal}")
         if not candidates:
-            raise UserError(f"nothing is left to measure; fp32 runs everywhere, and {_fast(device)} on torch here.")
+            raise UserError(
+                f"nothing is left to measure; fp32 with the latency hint runs everywhere, {_fast(device)} on torch."
+            )
         yield candidates
 
 
@@ -98,11 +101,10 @@ def with_footprints(rows: Sequence[Row], candidates: Sequence[Candidate]) -> lis
     ]
 
 
-def with_pipelines(rows: Sequence[Row], candidates: Sequence[Candidate], files: Sequence[Path]) -> list[Row]:
-    """The rows of a benchmark with where the time of an image goes, one at a time."""
-    several = len(rows) // len(candidates)
-    found = measure_pipelines([candidate.session for candidate in candidates], files)
-    return [replace(row, pipeline=found[index // several]) for index, row in enumerate(rows)]
+def with_pipelines(rows: Sequence[Row], pipelines: Sequence[Pipeline]) -> list[Row]:
+    """The rows of a benchmark with where the time of an image goes, of as many records as there are candidates."""
+    several = len(rows) // len(pipelines)
+    return [replace(row, pipeline=pipelines[index // several]) for index, row in enumerate(rows)]
 
 
 def _export_each(name: str, weights: str | None, runtimes: Sequence[str], stem: Path) -> dict[str, Path | None]:

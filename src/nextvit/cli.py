@@ -352,7 +352,7 @@ def benchmark(
     runtimes: Annotated[
         str,
         typer.Option(
-            help=f"For variants and checkpoints, of eager, folded, {', '.join(RUN)}; all but two are exported first."
+            help=f"For variants and checkpoints, of eager, folded, compiled; or of {', '.join(RUN)}, exported first."
         ),
     ] = "folded",
     precision: Annotated[
@@ -390,6 +390,7 @@ def benchmark(
     from nextvit.candidates import open_candidates, with_footprints, with_pipelines
     from nextvit.data.sources import expand
     from nextvit.devices import cpu_count
+    from nextvit.pipeline import measure_pipelines
     from nextvit.report import latency_lines, write_latency
 
     batches = _counts("--batch-size", batch_size)
@@ -405,9 +406,10 @@ def benchmark(
         trust=trust,
     ) as candidates:
         sessions = [(candidate.model, candidate.session) for candidate in candidates]
+        pipelines = measure_pipelines([session for _, session in sessions], files, image_size) if files else []
         rows = run_benchmark(sessions, batches=batches, image_size=image_size, rounds=rounds, seed=seed or 0)
-        if files:
-            rows = with_pipelines(rows, candidates, files)
+        if pipelines:
+            rows = with_pipelines(rows, pipelines)
         if memory:
             rows = with_footprints(rows, candidates)
     _show({"rows": [row.to_dict() for row in rows]}, as_json, latency_lines(rows))

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from nextvit.errors import UserError
+from nextvit.errors import NotHere, UserError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,7 +46,7 @@ def pick_precision(name: str, device: torch.device) -> Precision:
     if device.type == "cuda":  # fp32 means fp32; torch would take TF32 for convolutions, 10 bits of mantissa
         torch.backends.fp32_precision = "ieee"  # type: ignore[attr-defined]
     if name not in fast:
-        raise UserError(f"{device.type} here does not compute in {name}; take one of {', '.join(fast)}.")
+        raise NotHere(f"{device.type} here does not compute in {name}; take one of {', '.join(fast)}.")
     return fast[fast.index(name)]
 
 

@@ -13,6 +13,10 @@ class MissingExtra(UserError, ImportError):
     """An optional library is not installed; the message names the `pip install` line that brings it."""
 
 
+class NotHere(UserError):
+    """This file, runtime or machine does not have the precision or the hint that was asked for."""
+
+
 class Diverged(UserError):
     """Training produced a number that is not finite."""
 

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from nextvit.errors import UserError
 from nextvit.files import parts
+from nextvit.formats import format_of
 from nextvit.runtime.session import Session, random_input
 
 LONG_ENOUGH = 1.0  # seconds of running until memory is what it will be
@@ -26,14 +28,14 @@ class Footprint:
 
     file_mb: float | None  # 1e6 bytes, of all parts of the file; None: a fresh network
     load_s: float  # opening and the first answer, for the second time in a process: libraries are imported
-    memory_mb: float | None  # 1e6 bytes that opening and running add to the process's peak; None: not told here
+    memory_mb: float | None  # 1e6 bytes that opening and running add to the process's peak, on the host; None: not told
 
 
 def footprint(opener: Callable[[], Session], file: Path | None, batch: int, image_size: int) -> Footprint:
     """Open and run in a process of its own, for a second at least."""
     context = multiprocessing.get_context("spawn")  # a fork would have this process's memory
     ours, theirs = context.Pipe()
-    process = context.Process(target=_measure, args=(opener, batch, image_size, theirs), daemon=True)
+    process = context.Process(target=_measure, args=(opener, file, batch, image_size, theirs), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -48,7 +50,10 @@ def footprint(opener: Callable[[], Session], file: Path | None, batch: int, imag
     return Footprint(size, load_s, memory)
 
 
-def _measure(opener: Callable[[], Session], batch: int, image_size: int, answer: Connection) -> None:
+def _measure(opener: Callable[[], Session], file: Path | None, batch: int, image_size: int, answer: Connection) -> None:
+    fmt = format_of(file) if file else None
+    for module in fmt.needs[-1:] if fmt else ():
+        import_module(module)  # libraries are not what a model takes
     before = peak_mb()
     session = opener()
     images = random_input(session.metadata, batch, image_size, np.random.default_rng(0))

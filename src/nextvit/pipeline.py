@@ -29,9 +29,13 @@ class Pipeline:
     post_ms: float
 
 
-def measure_pipelines(sessions: Sequence[Session], files: Sequence[Path], *, seed: int = 0) -> list[Pipeline]:
+def measure_pipelines(
+    sessions: Sequence[Session], files: Sequence[Path], image_size: int | None = None, *, seed: int = 0
+) -> list[Pipeline]:
     """A record a session; image by image, all sessions in an order drawn anew. What is no image is left out."""
     predictors = [Predictor(session) for session in sessions]
+    if any(predictor.metadata.in_channels != 3 for predictor in predictors):
+        raise UserError("a model of other than three channels takes no images; leave --images out.")
     rng = np.random.default_rng(seed)
     chosen = [files[i] for i in np.linspace(0, len(files) - 1, min(len(files), MOST)).astype(int)]
     times: list[np.ndarray] = []
@@ -40,7 +44,7 @@ def measure_pipelines(sessions: Sequence[Session], files: Sequence[Path], *, see
         try:
             for _ in range(1 if times else 2):  # the first image warms up
                 for index in rng.permutation(len(predictors)):
-                    found[index] = _times(predictors[index], file)
+                    found[index] = _times(predictors[index], file, image_size)
             times.append(found)
         except ImageRejected:
             continue
@@ -50,12 +54,12 @@ def measure_pipelines(sessions: Sequence[Session], files: Sequence[Path], *, see
     return [Pipeline(len(times), *map(float, row)) for row in medians]
 
 
-def _times(predictor: Predictor, file: Path) -> np.ndarray:
+def _times(predictor: Predictor, file: Path, image_size: int | None) -> np.ndarray:
     """Seconds of each of PARTS."""
     marks = [time.perf_counter()]
     image = read_image(file)
     marks.append(time.perf_counter())
-    taken = as_taken(image, predictor.metadata)
+    taken = as_taken(image, predictor.metadata.with_image_size(image_size))
     marks.append(time.perf_counter())
     logits = predictor.run(taken[None])
     marks.append(time.perf_counter())

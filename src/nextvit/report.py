@@ -86,7 +86,7 @@ def latency_lines(rows: Sequence[Row]) -> list[str]:
     if first.footprint is not None:
         lines += ["", *table([_footprint_cells(row) for row in rows])]
         lines.append(
-            "load: opening and the first answer, libraries being imported; memory: added to the process's peak"
+            "load: opening and the first answer, libraries there already; memory: added to the peak on the host"
         )
     return lines
 

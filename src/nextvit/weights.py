@@ -88,7 +88,7 @@ def _read_safetensors(path: Path) -> WeightFile:
         return WeightFile(str(path), _state_dict(tensors, path))
     if not sealed:
         raise UserError(f"{path} is damaged: its SHA-256 is gone; copy or make it again.")
-    metadata = Metadata.from_json(notes["nextvit"], str(path))
+    metadata = replace(Metadata.from_json(notes["nextvit"], str(path)), takes_pixels=False)  # weights take none
     state = json.loads(notes["state"]) if "state" in notes else None
     return WeightFile(str(path), tensors, metadata, state)
 

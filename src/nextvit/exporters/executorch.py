@@ -18,7 +18,8 @@ def write(job: Job) -> Written:
     """Write a `.pte`. Memory for free sides is planned now, for twice the model's own size, or for LARGEST_IMAGE."""
     exir = need("executorch.exir", extra="executorch")
     partitioner = need("executorch.backends.xnnpack.partition.xnnpack_partitioner", extra="executorch")
-    side = LARGEST_IMAGE if job.metadata.takes_pixels else 2 * job.metadata.preprocess.image_size
+    twice = 2 * job.metadata.preprocess.image_size
+    side = max(LARGEST_IMAGE, twice) if job.metadata.takes_pixels else twice
     largest = {"batch": LARGEST_BATCH, "side": side}
     network = job.form if job.calibration is None else quantized(job, largest, _quantizer(job.plan))
     with converting("executorch"):

@@ -20,6 +20,7 @@ from nextvit.exporters.example import write_example
 from nextvit.exporters.form import StageOutputs, export_form
 from nextvit.exporters.job import Job, Written
 from nextvit.exporters.parity import Parity, StageComparison, compare, compare_stages
+from nextvit.exporters.preprocessing import Preprocessing
 from nextvit.exporters.program import quiet
 from nextvit.exporters.quantization import Accuracy, accuracy, logits_of, truth_of
 from nextvit.exporters.rounding import finetune
@@ -166,8 +167,12 @@ def _checked(
     if model.features_only:
         raise UserError("a features_only model gives four maps; export the classifier, which ends in logits.")
     fmt.check(precision, preprocess)
-    if preprocess and model.metadata.in_channels != 3:
-        raise UserError(f"this model takes {model.metadata.in_channels} input channels; only RGB images are prepared.")
+    if preprocess:
+        if model.metadata.in_channels != 3:
+            raise UserError(
+                f"this model takes {model.metadata.in_channels} input channels; only RGB images are prepared."
+            )
+        Preprocessing(model.metadata.preprocess)  # says what has no graph
     if (precision == "int8") != calibrated:
         what = "alone takes calibration images" if calibrated else "needs calibration images"
         raise UserError(f"int8 {what}; give a folder of images like those that the model will see, or `demo`.")
@@ -198,7 +203,8 @@ def _compare_stages(writer: ModuleType, model: NextViT, fmt: Format, job: Job) -
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"stages{fmt.suffix}")
         closed = Free(batch=False, sides=False)
-        written = writer.write(replace(job.of_network(), form=StageOutputs(form), path=path, free=closed))
+        plan = replace(job.plan, max_drop=None)  # outputs are no logits, so no accuracy can be held
+        written = writer.write(replace(job.of_network(), form=StageOutputs(form), path=path, free=closed, plan=plan))
         return compare_stages(model, _open(written.opened))
 
 
@@ -231,7 +237,7 @@ def _write_int8(
     measured = measure()
     if max_drop is None or measured.drop <= max_drop:
         return written, measured, job
-    for plan in writer.INT8.plans(model, images, max_drop, truth_of(images.measure, floats)):
+    for plan in writer.INT8.plans(job.form, images, max_drop, truth_of(images.measure, floats)):
         say(f"int8 loses {measured.drop:.2f} points, {max_drop:g} are allowed; leaving more of it in float ...")
         job = replace(job, plan=plan)
         written = writer.write(job)

@@ -93,7 +93,7 @@ def converting(format_name: str) -> Iterator[None]:
     try:
         with quiet():
             yield
-    except UserError:
+    except (UserError, OSError):  # a full disk is no fault of the model
         raise
     except Exception as error:  # converters raise kinds of their own, bare exceptions among them
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]

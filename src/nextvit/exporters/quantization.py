@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
-from nextvit.backbone import NCB, NTB, NextViT
+from nextvit.backbone import NCB, NTB
 from nextvit.exporters.calibration import Calibration, Images
-from nextvit.exporters.form import export_form
 from nextvit.exporters.parity import label_agreement
 from nextvit.exporters.rounding import rounded
 from nextvit.extras import need
@@ -46,7 +46,7 @@ class Int8:
     """How a format is quantised."""
 
     needs: tuple[str, str]  # a module, and the extra that brings it
-    plans: Callable[[NextViT, Calibration, float, np.ndarray], Iterator[Plan]]  # what to try after FASTEST, in turn
+    plans: Callable[[nn.Module, Calibration, float, np.ndarray], Iterator[Plan]]  # what to try after FASTEST, in turn
     float_layers: Callable[[Path, Plan], list[str]]  # of a written file: what is computed in float
 
 
@@ -55,37 +55,36 @@ def parts_in_float(path: Path, plan: Plan) -> list[str]:
     return list(plan.float_parts)
 
 
-def nncf_plans(model: NextViT, calibration: Calibration, max_drop: float, truth: np.ndarray) -> Iterator[Plan]:
+def nncf_plans(form: nn.Module, calibration: Calibration, max_drop: float, truth: np.ndarray) -> Iterator[Plan]:
     """What to try in turn with NNCF where all int8 loses too much, from the fastest to the most accurate."""
     yield Plan(float_residual=True)
     yield Plan(float_residual=True, max_drop=max_drop, truth=truth)
 
 
-def part_plans(model: NextViT, calibration: Calibration, max_drop: float, truth: np.ndarray) -> Iterator[Plan]:
+def part_plans(form: nn.Module, calibration: Calibration, max_drop: float, truth: np.ndarray) -> Iterator[Plan]:
     """What to try in turn with quantisers that only can leave out: more and more of the sensitive parts stay float."""
-    ranked = sensitive_parts(model, calibration.calibrate)
+    ranked = sensitive_parts(form, calibration.calibrate)
     for share in SHARES:
         yield Plan(float_parts=tuple(ranked[: math.ceil(share * len(ranked))]))
 
 
-def sensitive_parts(model: NextViT, images: Images) -> list[str]:
+def sensitive_parts(form: nn.Module, images: Images) -> list[str]:
     """Stem, blocks and head; first the one that moves the logits most when it alone is rounded to int8.
 
     Rounded are weights (a scale a channel) and inputs (one scale) of its convolutions and linear layers.
     """
-    network = export_form(model, fixed=False).cpu().float()
     parts = {
         name: module
-        for name, module in network.named_modules()
+        for name, module in form.named_modules()
         if isinstance(module, NCB | NTB) or name in ("stem", "head")
     }
     batch = torch.from_numpy(np.concatenate([image for image, _ in zip(images, range(RANKED), strict=False)]))
     with torch.inference_mode():
-        exact = network(batch)
+        exact = form(batch)
         moved = {}
         for name, part in track(parts.items(), total=len(parts), label="find the sensitive parts"):
             with rounded(part):
-                moved[name] = float((network(batch) - exact).square().mean())
+                moved[name] = float((form(batch) - exact).square().mean())
     return sorted(parts, key=lambda name: -moved[name])
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from nextvit.data.images import ImageRejected
 from nextvit.devices import cpu_count
 from nextvit.errors import UserError
 from nextvit.extras import need, version
@@ -62,10 +63,10 @@ class ExecuTorchSession:
     def __call__(self, batch: np.ndarray) -> np.ndarray:
         height, width = self.metadata.sides(batch.shape)
         if height > self._largest[0] or width > self._largest[1]:
-            raise UserError(
-                f"this file takes up to {self._largest[0]} x {self._largest[1]} pixels, not {height} x {width}; export "
-                "it for a larger --image-size, or give it a smaller image."
-            )
+            told = f"this file takes up to {self._largest[0]} x {self._largest[1]} pixels, not {height} x {width}"
+            if self.metadata.takes_pixels:
+                raise ImageRejected(f"{told}; make the image smaller.")
+            raise UserError(f"{told}; export it for a larger --image-size.")
         parts = [batch[start : start + LARGEST_BATCH] for start in range(0, len(batch), LARGEST_BATCH)]
         tensors = [torch.from_numpy(np.ascontiguousarray(part)) for part in parts]
         try:

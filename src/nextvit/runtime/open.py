@@ -15,6 +15,7 @@ from nextvit.runtime.session import Session, insist_on_latency
 from nextvit.runtime.torch_program_session import TorchProgramSession
 from nextvit.runtime.torch_session import TorchSession
 
+HINTS = ("latency", "throughput")
 EXPORTED: dict[str, Callable[..., Session]] = {
     "onnx": OnnxRuntimeSession,
     "openvino": OpenVINOSession,
@@ -58,6 +59,8 @@ def open_session(
     """
     if threads is not None and threads < 1:
         raise UserError(f"threads must be 1 or more, not {threads}.")
+    if hint not in HINTS:
+        raise UserError(f"there is no hint {hint!r}; take of {', '.join(HINTS)}.")
     path = Path(model)
     fmt = format_of(path)
     if fmt is None or fmt.name != "openvino":

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from nextvit.devices import cpu_count
-from nextvit.errors import UserError
+from nextvit.errors import NotHere, UserError
 from nextvit.extras import need
 from nextvit.files import check_seal
 from nextvit.metadata import Metadata
@@ -31,7 +31,7 @@ def insist_on(precision: str) -> None:
     """Raise UserError where this CPU does not compute in it: OpenVINO would, several times slower."""
     able = computed_in()
     if precision not in able:
-        raise UserError(f"this CPU does not compute in {precision} under OpenVINO; take one of {', '.join(able)}.")
+        raise NotHere(f"this CPU does not compute in {precision} under OpenVINO; take one of {', '.join(able)}.")
 
 
 class OpenVINOSession:
@@ -50,6 +50,10 @@ class OpenVINOSession:
         sealed = check_seal(path)
         self._core = ov.Core()
         if cache := os.environ.get("NEXTVIT_OPENVINO_CACHE"):
+            try:
+                Path(cache).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"NEXTVIT_OPENVINO_CACHE is {cache}: {error.strerror}; name a folder.") from error
             self._core.set_property({"CACHE_DIR": cache})
         try:
             self._model = self._core.read_model(path)
@@ -60,6 +64,8 @@ class OpenVINOSession:
         if notes is None or not sealed:
             raise no_metadata(path)
         self.metadata = Metadata.from_json(notes, str(path))
+        if hint != "latency" and self.metadata.takes_pixels:
+            raise NotHere("a file that prepares images takes them one at a time; leave --hint out.")
         float_part, shown = self._precisions(precision)
         self._config = {
             "INFERENCE_PRECISION_HINT": HINTS[float_part],
@@ -71,16 +77,17 @@ class OpenVINOSession:
         self._part = shape[0].get_length() if shape[0].is_static else None
         self._kept: OrderedDict[tuple[int, ...], list[Any]] = OrderedDict()
         side = self.metadata.preprocess.image_size
+        self._streams = 0  # as many as the first size is given
         requests = self._requests(self.metadata.input_shape(self._part or 1, side, side))
         self._streams, first = len(requests), requests[0].get_compiled_model()
-        self.fixed_batch = self._part if self._streams == 1 else None  # several are cut into parts here
+        self.fixed_batch = self._part if hint == "latency" else None  # else it is cut into parts here
         in_force = first.get_property("INFERENCE_PRECISION_HINT").to_string()
         if in_force != HINTS[float_part]:
             raise UserError(
                 f"OpenVINO computes in {in_force} here although {float_part} was asked for; take another --precision."
             )
         self.setup = Setup(
-            f"openvino {ov.__version__.partition('-')[0]}{f', {self._streams} streams' * (self._streams > 1)}",
+            f"openvino {ov.__version__.partition('-')[0]}{f', streams: {self._streams}' * (hint != 'latency')}",
             "cpu",
             shown,
             int(first.get_property("INFERENCE_NUM_THREADS")),
@@ -91,7 +98,7 @@ class OpenVINOSession:
         own = self.metadata.precision
         if own == "int8":
             if asked not in (None, "int8"):
-                raise UserError(f"this file is int8 and does not compute in {asked}; leave --precision out.")
+                raise NotHere(f"this file is int8 and does not compute in {asked}; leave --precision out.")
             return "fp32", "int8"
         if asked is None and own == "fp16" and own not in computed_in():
             return "fp32", "fp32"
@@ -113,14 +120,14 @@ class OpenVINOSession:
             model = model.clone()
             model.reshape(list(shape))
         compiled = self._core.compile_model(model, "CPU", self._config)
-        streams = 1 if self._config["PERFORMANCE_HINT"] == "LATENCY" else max(1, compiled.get_property("NUM_STREAMS"))
-        self._kept[shape] = [compiled.create_infer_request() for _ in range(streams)]
+        streams = 1 if self._config["PERFORMANCE_HINT"] == "LATENCY" else compiled.get_property("NUM_STREAMS")
+        self._kept[shape] = [compiled.create_infer_request() for _ in range(self._streams or max(1, streams))]
         if len(self._kept) > KEPT:
             self._kept.popitem(last=False)
         return self._kept[shape]
 
     def __call__(self, batch: np.ndarray) -> np.ndarray:
-        if self._streams == 1:
+        if self._config["PERFORMANCE_HINT"] == "LATENCY":
             return next(iter(self._requests(batch.shape)[0].infer([batch]).values())).copy()
         size = self._part or -(-len(batch) // self._streams)
         parts = [batch[start : start + size] for start in range(0, len(batch), size)]

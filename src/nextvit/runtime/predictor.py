@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from nextvit.backbone import SMALLEST_SIDE
-from nextvit.data.images import ImageRejected, ImageSource, as_taken, read_image
+from nextvit.data.images import ImageRejected, ImageSource, as_taken, printable, read_image
 from nextvit.devices import cpu_count
 from nextvit.errors import UserError
 from nextvit.runtime.open import open_session
@@ -95,6 +95,8 @@ class Predictor:
         Files are decoded and preprocessed in `workers` threads (None: one a core) while the model runs; a few batches
         at most are held.
         """
+        if self.metadata.takes_pixels:
+            batch_size = 1  # whole images, which may be large
         with ThreadPoolExecutor(workers or cpu_count()) as pool:
             ahead = 3 * batch_size
             waiting: deque[tuple[Path, Future[np.ndarray]]] = deque()
@@ -120,7 +122,10 @@ class Predictor:
                 inputs.append(prepared.result())
             except ImageRejected as error:
                 reasons[index] = str(error)
-        found = iter(self.answer(inputs) if inputs else ())
+        try:
+            found = iter(self.answer(inputs) if inputs else ())
+        except ImageRejected as error:  # by a file that takes whole images, one at a time, for its size
+            reasons, found = {0: f"{printable(batch[0][0])}: {error}"}, iter(())
         for index, (file, _) in enumerate(batch):
             yield file, reasons[index] if index in reasons else next(found)
 

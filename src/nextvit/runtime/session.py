@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from nextvit.errors import UserError
+from nextvit.errors import NotHere, UserError
 from nextvit.files import check_seal
 from nextvit.metadata import Metadata
 
@@ -40,14 +40,14 @@ def insist_on_cpu(device: str, files: str) -> None:
 def own_precision(metadata: Metadata, asked: str | None, runtime: str) -> str:
     """The precision of a file that is computed in the one that it was made in."""
     if asked not in (None, metadata.precision):
-        raise UserError(f"{runtime} computes this file in {metadata.precision}, not in {asked}; leave --precision out.")
+        raise NotHere(f"{runtime} computes this file in {metadata.precision}, not in {asked}; leave --precision out.")
     return metadata.precision
 
 
 def insist_on_latency(hint: str, runtime: str) -> None:
-    """Raise UserError for the throughput hint, which only OpenVINO has."""
+    """Raise NotHere for the throughput hint, which only OpenVINO has."""
     if hint != "latency":
-        raise UserError(f"{runtime} has no {hint} hint; OpenVINO files have, for others take larger batches.")
+        raise NotHere(f"{runtime} has no {hint} hint; OpenVINO files have, for others take larger batches.")
 
 
 def random_input(metadata: Metadata, batch: int, image_size: int, rng: np.random.Generator) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from nextvit.data.images import ImageRejected
 from nextvit.devices import set_threads
 from nextvit.errors import UserError
 from nextvit.metadata import Metadata
@@ -50,7 +51,8 @@ class TorchProgramSession:
                 return self._run(torch.from_numpy(batch)).numpy()
             except (AssertionError, RuntimeError) as error:
                 shape = "x".join(map(str, batch.shape))
-                raise UserError(f"this file does not take an input of {shape}: {str(error).splitlines()[0]}") from error
+                kind = ImageRejected if self.metadata.takes_pixels else UserError  # one image, and others may do
+                raise kind(f"this file does not take an input of {shape}: {str(error).splitlines()[0]}") from error
 
 
 def _open_program(data: bytes) -> tuple[Any, int | None]:

@@ -11,6 +11,7 @@ from nextvit.devices import DTYPES, insist_on_compiler, pick_device, pick_precis
 from nextvit.folding import fold
 from nextvit.runtime.session import Setup
 
+MANY = 10_000  # compilations in one process
 KINDS = ("eager", "folded", "compiled")
 
 
@@ -37,6 +38,8 @@ class TorchSession:
         if kind == "compiled":
             if place.type == "cpu":
                 insist_on_compiler()
+            torch._dynamo.config.recompile_limit = MANY  # a shape each; behind the limit it would run eager in silence
+            torch._dynamo.config.accumulated_recompile_limit = MANY
             self._model.compile(dynamic=False)
         self._place = place
 
