@@ -14,7 +14,7 @@ from nextvit.errors import UserError
 from nextvit.exporters.parity import real_images
 from nextvit.metadata import Metadata, Preprocess
 from nextvit.runtime.session import Setup
-from tests.conftest import fill, nextvit, nextvit_here
+from tests.conftest import fill, nextvit_here
 
 
 class Clock:
@@ -108,7 +108,7 @@ def test_a_row_for_each_batch_is_compared_image_by_image(clock):
 
 def test_the_command_prints_a_row_for_each_runtime_with_threads_and_precision(tmp_path):
     output = tmp_path / "b.csv"
-    done = nextvit(
+    done = nextvit_here(
         "benchmark", "nextvit_nano", "--runtimes", "eager,folded,onnx,openvino",
         "--image-size", 64, "--rounds", 8, "--threads", 1, "--output", output,
     )  # fmt: skip
@@ -125,6 +125,7 @@ def test_the_command_prints_a_row_for_each_runtime_with_threads_and_precision(tm
         assert row["runtime"] in done.stdout
 
 
+@pytest.mark.slow
 def test_memory_and_the_parts_of_an_image_s_time_are_told(tmp_path, garment_folder):
     export(create_model("nextvit_nano"), tmp_path / "n.xml", image_size=64, dynamic=False)
     (garment_folder / "notes.txt").write_text("no image")

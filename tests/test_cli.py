@@ -141,8 +141,8 @@ def test_predict_writes_a_row_for_each_file_once_in_order(trained, pictures, tmp
 
 
 def test_predict_gives_each_file_the_answer_that_it_has_alone(trained, pictures, tmp_path):
-    together = nextvit("predict", trained / "model.safetensors", pictures, "--batch-size", 4)
-    alone = nextvit("predict", trained / "model.safetensors", pictures / "deep" / "x.png")
+    together = nextvit_here("predict", trained / "model.safetensors", pictures, "--batch-size", 4)
+    alone = nextvit_here("predict", trained / "model.safetensors", pictures / "deep" / "x.png")
     row = next(r for r in map(json.loads, together.stdout.splitlines()) if r["file"].endswith("x.png"))
     single = json.loads(alone.stdout)
     assert row["labels"] == single["labels"]

@@ -95,7 +95,9 @@ def test_resuming_after_sigkill_gives_the_same_run(whole, garment_folder, tmp_pa
     assert not list(killed.glob(".*")), "no unfinished files are left"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_resuming_gives_the_same_run(number, code, whole, garment_folder, tmp_path):
     stopped = tmp_path / "stopped"
     found, errors = start_and_signal(garment_folder, stopped, number, wait=0.1)
@@ -135,6 +137,7 @@ def test_a_stop_after_any_step_resumes_to_the_same_run(step, whole, garment_fold
     assert same_tensors(tmp_path / "run" / "model.safetensors", whole / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_a_whole_checkpoint_exists_after_a_kill_at_every_step_of_saving(garment_folder, tmp_path, monkeypatch):
     """The process dies at the k-th rename or sync of the run, for every k: what is there can be resumed."""
     recipe = read_recipe("default", [*SMALL, "schedule.epochs=2"])
