@@ -24,6 +24,9 @@ app = typer.Typer(
     help="Next-ViT from a folder of images to a deployed model: train, evaluate, export, check, measure.",
 )
 
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look after folders of images.")
+app.add_typer(data_app, name="data")
+
 USAGE_ERROR: Any = typer.BadParameter.__base__  # what typer raises for a wrong flag, argument or verb
 
 # ---- flags that mean the same wherever they stand --------------------------------------------------------------------
@@ -101,6 +104,22 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Any value of recipe.yaml, e.g. optimizer.lr=5e-4."),
     ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="With torch.compile: slower to start, then faster.")
+    ] = False,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="With torchrun: weights in shards over the processes (FSDP2).")
+    ] = False,
+    log: Annotated[
+        list[str] | None, typer.Option(metavar="SERVICE", help="wandb or mlflow, beside metrics.csv and TensorBoard.")
+    ] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Record where the time of some steps goes.")] = False,
+    allow_bad: Annotated[
+        bool, typer.Option("--allow-bad", help="Train although over 1 % of the images cannot be read.")
+    ] = False,
+    strict_data: Annotated[
+        bool, typer.Option("--strict-data", help="Do not, if any cannot, or if one is in train and val both.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -111,7 +130,7 @@ def train(
         need(library, extra="train")  # now, not after hours of training
     from nextvit.recipe import parse_recipe, read_recipe
     from nextvit.report import write_run_plots
-    from nextvit.train import new_run_folder
+    from nextvit.train import Machine, new_run_folder
     from nextvit.train import train as run_training
 
     flags = {
@@ -124,8 +143,8 @@ def train(
     }
     values = {key: value for key, value in flags.items() if value is not None}
     if resume is not None:
-        if output is not None or values or override or recipe != "default":
-            raise UserError("--resume goes on as that run had it; leave out the flags that would change it.")
+        if output is not None or values or recipe != "default":
+            raise UserError("--resume goes on as that run had it; leave out flags that would change it, or use --set.")
         try:
             text = (resume / "recipe.yaml").read_text(encoding="utf-8")
         except OSError as error:
@@ -136,19 +155,24 @@ def train(
     else:
         chosen = read_recipe(recipe, override or [], values)
         run = output or new_run_folder(data, chosen)
-        if run.exists() and any(run.iterdir() if run.is_dir() else [run]):
-            raise UserError(f"{run} exists; go on with it by --resume {run}, or take another --output.")
-    result = run_training(
-        data,
-        chosen,
-        run,
-        resume=resume is not None,
+    machine = Machine(
         device=device,
         precision=precision,
         threads=threads,
         workers=workers,
         deterministic=deterministic,
+        compile=compiled,
+        shard=shard,
+        logs=tuple(log or ()),
+        profile=profile,
+        allow_bad=allow_bad,
+        strict_data=strict_data,
     )
+    result = run_training(
+        data, chosen, run, resume=resume is not None, changes=(override or []) if resume else (), machine=machine
+    )
+    if os.environ.get("RANK", "0") != "0":
+        return
     write_run_plots(run, result)
     best = run / "model.safetensors"
     _show(
@@ -160,6 +184,29 @@ def train(
             f"      nextvit predict {best} IMAGE...",
         ],
     )
+
+
+@data_app.command(name="check", epilog="Example: nextvit data check photos --output check.html")
+def data_check(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A folder as `train` takes it, or `demo`.")],
+    output: Annotated[Path | None, typer.Option(help="FILE.html: the same as a page.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 2 if training would go wrong.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Decode every image, and find what is unreadable, in two splits, twice there, missing, uneven or too small."""
+    from dataclasses import asdict
+
+    from nextvit.data.check import check
+    from nextvit.data.folders import read_splits
+    from nextvit.report import check_lines, write_check
+
+    found = check(read_splits(data))
+    if output is not None:
+        write_check(found, data, output)
+    _show({**asdict(found), "serious": found.serious}, as_json, check_lines(found))
+    if strict and found.serious:
+        raise UserError(f"{data} is not fit to train on as it is; each finding says why.")
 
 
 @app.command(name="eval", epilog="Example: nextvit eval runs/first/model.safetensors demo")

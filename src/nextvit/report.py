@@ -9,12 +9,15 @@ from pathlib import Path
 
 from nextvit import plots
 from nextvit.benchmark import CONFIDENCE, Row
+from nextvit.data.check import LISTED, Checked
 from nextvit.data.images import printable
 from nextvit.describe import table
 from nextvit.evaluate import Evaluation
 from nextvit.exporters.export import ExportReport
 from nextvit.exporters.parity import Parity
 from nextvit.files import write_rows, write_text
+
+SHOWN = 5  # examples of a finding on a terminal
 
 
 def write_run_plots(run: Path, result: Evaluation) -> None:
@@ -191,6 +194,50 @@ def _parity_lines(head: str, p: Parity) -> list[str]:
     if not p.live:
         lines.append("  note: the outputs hardly depend on the image (random weights?), so the agreement says little.")
     return lines
+
+
+def check_lines(found: Checked) -> list[str]:
+    """What was found in a data set, for a terminal."""
+    lines = table(_split_rows(found))
+    if not found.findings:
+        return [*lines, "nothing to mend."]
+    for finding in found.findings:
+        lines.append(f"{'error' if finding.serious else 'note'}: {finding.count} {finding.what}")
+        lines += [f"  {example}" for example in finding.examples[:SHOWN]]
+        if finding.count > SHOWN:
+            lines.append(
+                f"  ... and {finding.count - SHOWN} more; --output FILE.html lists {min(LISTED, finding.count)}"
+            )
+    return lines
+
+
+def _split_rows(found: Checked) -> list[dict[str, object]]:
+    return [
+        {
+            "split": name,
+            "images": sum(by.values()),
+            "classes": sum(count > 0 for count in by.values()),
+            "smallest class": min(by.values()),
+            "largest class": max(by.values()),
+            "short side": "{} to {} pixels, median {}".format(*(found.sides[name][i] for i in (0, 2, 1)))
+            if name in found.sides
+            else "-",
+        }
+        for name, by in found.splits.items()
+    ]
+
+
+def write_check(found: Checked, data: str, page: Path) -> None:
+    """The same as a page, with the images of each class."""
+    parts = [html_table(_split_rows(found)), heading("Found")]
+    for finding in found.findings:
+        parts.append(paragraph(f"{'Error' if finding.serious else 'Note'}: {finding.count} {finding.what}"))
+        parts.append(preformatted("\n".join(finding.examples)))
+    if not found.findings:
+        parts.append(paragraph("Nothing to mend."))
+    classes = sorted({label for by in found.splits.values() for label in by})
+    rows = [{"class": printable(label), **{n: by.get(label, 0) for n, by in found.splits.items()}} for label in classes]
+    write_html(page, f"The images of {data}", [*parts, heading("Images of each class"), html_table(rows)])
 
 
 # ---- HTML ------------------------------------------------------------------------------------------------------------

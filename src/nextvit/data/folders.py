@@ -3,17 +3,20 @@
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from nextvit import imagenet
 from nextvit.data.demo_images import demo_folder
-from nextvit.data.images import image_files
+from nextvit.data.images import image_files, read_image
+from nextvit.data.seeds import generator
 from nextvit.errors import UserError
 
 SPLITS = ("train", "val", "test")
+UNLABELLED = -1  # the target of an image without a label
 HELD_OUT = 5  # without a val/ folder every fifth image of a class is held out
 
 
@@ -31,10 +34,18 @@ class Split:
     def __len__(self) -> int:
         return len(self.files)
 
+    def read(self, index: int) -> Image.Image:
+        """The image, upright, RGB; ImageRejected where it cannot be read."""
+        return read_image(self.files[index])
+
+    def order(self, *numbers: int) -> np.ndarray:
+        """All indices, shuffled: a function of the numbers alone, such as seed and epoch."""
+        return generator(*numbers).permutation(len(self))
+
     @property
     def sha256(self) -> str:
         """Of the names of the files, as they lie in the folder, and their classes: tells whether data is the same."""
-        names = (os.fsencode(file.relative_to(self.folder)) for file in self.files)
+        names = (os.fsencode(os.path.relpath(file, self.folder)) for file in self.files)
         lines = (b"%d %s\0" % (target, name) for target, name in zip(self.targets, names, strict=True))
         return hashlib.sha256(b"".join(lines)).hexdigest()
 
@@ -94,6 +105,21 @@ def read_split(data: str | Path, name: str, labels: Sequence[str] | None = None)
     if not files:
         raise UserError(f"{folder} has no images for {name}; put the images of each class into its folder.")
     return Split(name, folder, classes, tuple(files), tuple(targets), tuple(notes))
+
+
+def with_unlabelled(split: Split, folder: str | Path) -> Split:
+    """The split, and after it all images below a folder, without labels."""
+    found = image_files(Path(folder)) if Path(folder).is_dir() else []
+    if not found:
+        raise UserError(f"{folder} has no images without labels; give a folder that has.")
+    return replace(split, files=split.files + tuple(found), targets=split.targets + (UNLABELLED,) * len(found))
+
+
+def read_splits(data: str | Path) -> list[Split]:
+    """All splits that `data` has; those of a single folder are the train and val that training would make of it."""
+    root = data_root(data)
+    names = [name for name in SPLITS if (root / name).is_dir()] or ["train", "val"]
+    return [read_split(data, name) for name in names]
 
 
 def default_eval_split(data: str | Path) -> str:

@@ -1,8 +1,11 @@
 """From a split to batches. An image that cannot be read is reported, and nothing stands in for it."""
 
+import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,15 +14,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from nextvit.data.folders import Split
-from nextvit.data.images import ImageRejected, as_taken, read_image
+from nextvit.data.images import ImageRejected, as_taken
+from nextvit.data.seeds import seeded
+from nextvit.devices import cpu_count
 from nextvit.metadata import Metadata
+from nextvit.progress import say
 
+AHEAD = 2  # batches that each loading process may be ahead
 Transform = Callable[[Image.Image], Tensor]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """images: what the model takes, (B, ...); targets, indices: int64 (B,); rejected: (index, why)."""
+    """images: as the transform gives them, stacked; targets, indices: int64 (B,); rejected: (index, why)."""
 
     images: Tensor
     targets: Tensor
@@ -40,16 +47,12 @@ class _Images(Dataset):
 
     def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
         try:
-            image = read_image(self.split.files[index])
+            image = self.split.read(index)
         except ImageRejected as error:
             return index, str(error)
         if self.seed is None:
             return index, self.transform(image)
-        # A sample's augmentation depends on the seed, the epoch and the sample: not on workers or on what ran before.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(
-                int(np.random.SeedSequence((*self.seed, index)).generate_state(1, np.uint64)[0])
-            )
+        with seeded(*self.seed, index):
             return index, self.transform(image)
 
 
@@ -81,21 +84,25 @@ def batches(
     split: Split,
     transform: Transform,
     *,
-    batch_size: int,
-    order: Sequence[int] | np.ndarray | None = None,
+    batch_size: int = 1,
+    order: np.ndarray | Sequence[np.ndarray] | None = None,
     seed: tuple[int, ...] | None = None,
     workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
     """Batches of the split.
 
-    order: indices to go through; None: all, in order. seed: numbers that the augmentation depends on, such as
-    the run's seed and the epoch; None: there is no augmentation.
+    order: indices to go through, or a sequence of such, one for each batch, whatever batch_size is; None: all, in
+    order. seed: numbers that the augmentation depends on, such as the run's seed and the epoch; None: there is none.
     """
+    if order is None:
+        order = np.arange(len(split))
+    if isinstance(order, np.ndarray):
+        order = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     loader = DataLoader(
         _Images(split, transform, seed),
-        batch_size=batch_size,
-        sampler=list(order) if order is not None else None,
+        prefetch_factor=AHEAD if workers else None,
+        batch_sampler=[indices.tolist() for indices in order],
         num_workers=workers,
         collate_fn=_Collate(split),
         pin_memory=pin_memory,
@@ -104,6 +111,21 @@ def batches(
     return iter(loader)
 
 
-def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch: a permutation that depends on the seed and the epoch alone."""
-    return np.random.default_rng((seed, epoch)).permutation(count)
+def loaders(workers: int | None, device: torch.device, batch_bytes: int) -> int:
+    """How many processes load images: as asked for, or one beside a CPU that trains and up to eight for a GPU.
+
+    They hand their batches on in shared memory; where there is not enough of it there are none, with a note.
+    """
+    if workers is None:
+        share = cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        workers = min(8, share) if device.type == "cuda" else 1
+    shared = Path("/dev/shm")
+    if workers and shared.is_dir():
+        free, needed = shutil.disk_usage(shared).free, AHEAD * workers * batch_bytes
+        if free < needed:
+            say(
+                f"note: {shared} has {free / 1e6:.0f} MB free and {workers} loading processes need {needed / 1e6:.0f} "
+                "MB, so this process loads the images itself, which is slower; a container takes --shm-size."
+            )
+            return 0
+    return workers

@@ -1,0 +1,218 @@
+"""What is wrong with a folder of images, before anything is learnt from it."""
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image
+
+from nextvit.data.folders import Split
+from nextvit.data.images import ImageRejected, printable
+from nextvit.devices import cpu_count
+from nextvit.errors import UserError
+from nextvit.progress import track
+
+T = TypeVar("T")
+QUICK = 2_000  # images that training decodes before it starts
+QUICK_FILES = 20_000  # and files that it compares across splits
+MOST_UNREADABLE = 0.01  # of the images
+SMALL_SIDE = 32  # pixels
+HASH_SIDE = 16
+NEAR = 6  # of the 256 bits of a hash may differ in two pictures of the same thing
+MOST_COMPARED = 20_000  # images, each with each; of more, only equal hashes are near
+IMBALANCE = 10  # times as many images in the largest class as in the smallest
+LISTED = 100  # examples a finding
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that a person should look at. `serious`: training would be wrong or stop."""
+
+    kind: str
+    serious: bool
+    count: int
+    what: str
+    examples: tuple[str, ...]  # at most LISTED
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a data set is, and what was found in it."""
+
+    splits: dict[str, dict[str, int]]  # split -> class -> images
+    sides: dict[str, tuple[int, int, int]]  # split -> the shortest, median and longest short side in pixels
+    findings: tuple[Finding, ...]
+
+    @property
+    def serious(self) -> bool:
+        return any(finding.serious for finding in self.findings)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One image that could be decoded to its last pixel."""
+
+    file: Path
+    split: str
+    size: tuple[int, int]
+    bits: np.ndarray  # uint64 (4,): of each pixel of a small grey copy, whether the next one is brighter
+
+
+# ---- all of it -------------------------------------------------------------------------------------------------------
+
+
+def check(splits: Sequence[Split]) -> Checked:
+    """Decode every image of the splits, and compare all of them."""
+    seen, bad = [], []
+    for split in splits:
+        for index, found in _each(split, range(len(split)), _look):
+            if isinstance(found, str):
+                bad.append(found)
+            else:
+                size, bits = found
+                seen.append(_Seen(split.files[index], split.name, size, bits))
+    counts = {split.name: {label: 0 for label in split.labels} for split in splits}
+    for split in splits:
+        for target in split.targets:
+            counts[split.name][split.labels[target]] += 1
+    exact = duplicates(splits)
+    same = {file for group in exact for file in group}
+    findings = [
+        _finding("unreadable", True, "images cannot be decoded; they would be left out", bad),
+        _finding("same in two splits", True, "images lie in two splits: figures on the second flatter", _named(exact)),
+        _finding("same within a split", False, "groups of equal files in one split", _named(_repeated(splits))),
+        _finding("near duplicates", False, "pairs look the same across splits", _near(seen, same)),
+        _finding(
+            "empty class",
+            False,
+            "classes have no images",
+            [f"{label} in {name}" for name, by in counts.items() for label, count in by.items() if not count],
+        ),
+        _finding("imbalance", False, f"splits have a class {IMBALANCE} times as large as another", _uneven(counts)),
+        _finding(
+            "small",
+            False,
+            f"images have a side below {SMALL_SIDE} pixels",
+            [f"{s.file} ({s.size[0]} x {s.size[1]})" for s in seen if min(s.size) < SMALL_SIDE],
+        ),
+        _finding("elsewhere", False, "folders hold something else", [note for s in splits for note in s.notes]),
+    ]
+    sides = {}
+    for name, group in groupby(seen, lambda s: s.split):
+        short = sorted(min(s.size) for s in group)
+        sides[name] = (short[0], short[len(short) // 2], short[-1])
+    return Checked(counts, sides, tuple(f for f in findings if f.count))
+
+
+def _finding(kind: str, serious: bool, what: str, examples: Sequence[str]) -> Finding:
+    return Finding(kind, serious, len(examples), what, tuple(printable(example) for example in examples[:LISTED]))
+
+
+def _named(groups: Iterable[Sequence[Path]]) -> list[str]:
+    return [" = ".join(map(str, group[:4])) for group in groups]
+
+
+def _uneven(counts: dict[str, dict[str, int]]) -> list[str]:
+    told = []
+    for name, by in counts.items():
+        most, least = (pick(((n, label) for label, n in by.items() if n), default=(0, "")) for pick in (max, min))
+        if most[0] > IMBALANCE * least[0]:
+            told.append(f"{name}: {most[0]} of {most[1]}, {least[0]} of {least[1]}")
+    return told
+
+
+def _look(image: Image.Image) -> tuple[tuple[int, int], np.ndarray]:
+    small = np.asarray(image.convert("L").resize((HASH_SIDE + 1, HASH_SIDE), Image.Resampling.BILINEAR), np.int16)
+    return image.size, np.packbits(small[:, 1:] > small[:, :-1]).view(np.uint64)
+
+
+def _near(seen: Sequence[_Seen], same: set[Path]) -> list[str]:
+    """Pairs from different splits whose pictures hardly differ; those that are equal byte for byte are told already."""
+    kept = [s for s in seen if s.file not in same]
+    if len({s.split for s in kept}) < 2:
+        return []
+    if len(kept) > MOST_COMPARED:
+        by_hash = defaultdict(list)
+        for s in kept:
+            by_hash[s.bits.tobytes()].append(s)
+        pairs = [(a, b) for group in by_hash.values() for a, b in zip(group, group[1:], strict=False)]
+    else:
+        bits = np.stack([s.bits for s in kept])
+        pairs = []
+        for number, s in enumerate(kept):
+            apart = np.bitwise_count(bits[number + 1 :] ^ s.bits).sum(1)
+            pairs += [(s, kept[number + 1 + other]) for other in np.flatnonzero(apart <= NEAR)]
+    return [f"{a.file} ~ {b.file}" for a, b in pairs if a.split != b.split]
+
+
+# ---- parts, and what training does of it -----------------------------------------------------------------------------
+
+
+def quick_check(training: Split, validation: Split, *, allow_bad: bool = False, strict: bool = False) -> list[str]:
+    """What training says before its first step.
+
+    Raises UserError where over 1 % of the images cannot be read, unless allow_bad; and with `strict` where any cannot,
+    or where an image is in both splits.
+    """
+    notes = []
+    for split in (training, validation):
+        chosen = np.unique(np.linspace(0, len(split) - 1, min(QUICK, len(split))).astype(int))
+        bad = [found for _, found in _each(split, chosen.tolist(), lambda image: None) if found is not None]
+        if len(bad) > (0 if strict else MOST_UNREADABLE * len(chosen)) and not allow_bad:
+            raise UserError(
+                f"{len(bad)} of {len(chosen)} images of {split.name} cannot be read: {bad[0]} "
+                "`nextvit data check` lists them all; mend them, or train without them by --allow-bad."
+            )
+    if len(training) + len(validation) <= QUICK_FILES:
+        same = duplicates([training, validation])
+        if same:
+            a, b = (printable(path) for path in same[0][:2])
+            told = f"{len(same)} images are in train and val both, such as {a} and {b}: the figures on val flatter"
+            if strict:
+                raise UserError(f"{told}. `nextvit data check` lists them all.")
+            notes.append(told)
+    return notes
+
+
+def _each(split: Split, indices: Sequence[int], look: Callable[[Image.Image], T]) -> Iterator[tuple[int, T | str]]:
+    """(index, what `look` makes of the image, or why it cannot be read), in order; decoded by all cores."""
+
+    def one(index: int) -> tuple[int, T | str]:
+        try:
+            return index, look(split.read(index))
+        except ImageRejected as error:
+            return index, str(error)
+
+    with ThreadPoolExecutor(cpu_count()) as pool:  # decoding leaves Python alone
+        found = pool.map(one, indices)
+        yield from track(found, total=len(indices), label=f"check {split.name}", unit="images")
+
+
+def duplicates(splits: Sequence[Split]) -> list[list[Path]]:
+    """Groups of files with the same bytes that lie in more than one split."""
+    return [files for files, names in _equal(splits) if len(names) > 1]
+
+
+def _repeated(splits: Sequence[Split]) -> list[list[Path]]:
+    return [files for files, names in _equal(splits) if len(names) == 1]
+
+
+def _equal(splits: Sequence[Split]) -> list[tuple[list[Path], Counter[str]]]:
+    """Groups of equal files, and how many each split has of them; only files of the same length are read."""
+    by_size = defaultdict(list)
+    for split in splits:
+        for file in split.files:
+            by_size[file.stat().st_size].append((split.name, file))
+    by_hash = defaultdict(list)
+    for files in by_size.values():
+        if len(files) > 1:
+            for name, file in files:
+                by_hash[hashlib.sha256(file.read_bytes()).digest()].append((name, file))
+    groups = [files for files in by_hash.values() if len(files) > 1]
+    return [([file for _, file in group], Counter(name for name, _ in group)) for group in groups]
