@@ -7,7 +7,7 @@ BIN = .venv/bin
 export OMP_WAIT_POLICY = passive
 export GOMP_SPINCOUNT = 0
 
-.PHONY: demo test test-all lint format pin clean
+.PHONY: demo test test-all faults lint format pin clean
 
 demo: .venv/installed
 	@$(BIN)/python -m nextvit.demo runs/demo
@@ -17,6 +17,10 @@ test: .venv/installed
 
 test-all: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
+
+# What goes wrong on purpose: expected and found, row by row.
+faults: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m fault -q
 
 lint: .venv/installed
 	$(BIN)/ruff check .

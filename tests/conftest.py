@@ -13,6 +13,7 @@ import torch
 from nextvit.cli import main
 from nextvit.data.demo_images import garments
 
+FAULTS: list[tuple[str, str, str, str]] = []  # id, expected, found, outcome
 REPOSITORY = Path(__file__).parents[1]
 
 
@@ -97,3 +98,34 @@ def nextvit_here(*arguments: object) -> subprocess.CompletedProcess:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(list(map(str, arguments)))
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture
+def found(request):
+    """Record what a row of faults came to, for the table of `make faults`."""
+
+    def record(text: str) -> None:
+        request.node.user_properties.append(("found", text))
+
+    return record
+
+
+def pytest_runtest_setup(item):
+    for marker in item.iter_markers("fault"):
+        item.user_properties.append(("fault", list(marker.args)))
+
+
+def pytest_runtest_logreport(report):
+    properties = dict(report.user_properties)
+    if "fault" in properties and (report.when == "call" or report.outcome != "passed"):
+        row, expected = properties["fault"]
+        FAULTS.append((row, expected, properties.get("found", ""), report.outcome))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if "fault" not in config.option.markexpr:
+        return
+    for row, expected, what, outcome in sorted(FAULTS, key=lambda f: (f[0][0], int(f[0][1:].split(",")[0]))):
+        terminalreporter.write_line(f"{row:6} {outcome:8} expected: {expected}")
+        if what:
+            terminalreporter.write_line(f"{'':15} found:    {what}")

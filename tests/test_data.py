@@ -13,7 +13,7 @@ from nextvit import imagenet
 from nextvit.data.demo_images import demo_folder, garments
 from nextvit.data.folders import read_split
 from nextvit.data.images import ImageRejected, preprocess, read_image
-from nextvit.data.loader import batches, eval_transform, shuffled
+from nextvit.data.loader import batches, eval_transform
 from nextvit.data.sources import expand
 from nextvit.errors import UserError
 from nextvit.exporters.parity import real_images
@@ -227,25 +227,6 @@ def test_a_rejected_image_is_reported_and_never_replaced(workers, photograph, tm
     assert sorted(seen) == [i for i, file in enumerate(split.files) if file not in planted], "each good one once"
     for batch in got:
         assert [split.targets[i] for i in batch.indices] == batch.targets.tolist()
-
-
-def test_augmentation_depends_on_seed_epoch_and_sample_and_not_on_workers(garment_folder):
-    from nextvit.recipe import Recipe
-    from nextvit.train import train_transform
-
-    split = read_split(garment_folder, "train")
-    transform = train_transform(Recipe(), Preprocess(32))
-
-    def images(workers, order, seed):
-        state = torch.get_rng_state()
-        got = list(batches(split, transform, batch_size=5, order=order, seed=seed, workers=workers))
-        assert torch.equal(state, torch.get_rng_state()) or workers, "the loader leaves the model's generator alone"
-        return {int(i): image for batch in got for i, image in zip(batch.indices, batch.images, strict=True)}
-
-    first = images(0, range(12), (0, 3))
-    assert all(torch.equal(first[i], image) for i, image in images(2, list(range(11, -1, -1)), (0, 3)).items())
-    assert not torch.equal(first[0], images(0, [0], (0, 4))[0])
-    assert shuffled(50, 1, 2).tolist() == shuffled(50, 1, 2).tolist() != shuffled(50, 1, 3).tolist()
 
 
 # ---- the embedded images ---------------------------------------------------------------------------------------------

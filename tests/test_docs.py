@@ -114,10 +114,10 @@ def test_make_targets_in_the_pages_exist():
 
 
 def test_every_key_of_a_recipe_is_explained():
-    from nextvit.recipe import Recipe, _keys, to_dict
+    from nextvit.recipe import Recipe, flat, to_dict
 
     page = (REPOSITORY / "docs" / "train.md").read_text()
-    assert [key for key in _keys(to_dict(Recipe())) if f"`{key}`" not in page] == []
+    assert [key for key in flat(to_dict(Recipe())) if f"`{key}`" not in page] == []
 
 
 def test_links_lead_somewhere():

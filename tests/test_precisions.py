@@ -16,7 +16,7 @@ from nextvit.exporters.calibration import read_calibration
 from nextvit.exporters.openvino import layers_run
 from nextvit.recipe import read_recipe
 from nextvit.runtime.open import open_session
-from nextvit.train import train
+from nextvit.train import Machine, train
 from tests.conftest import fill, nextvit_here
 
 BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -27,7 +27,7 @@ def model(garment_folder, tmp_path_factory):
     """A network that has learnt something: three classes, 48 images."""
     run = tmp_path_factory.mktemp("learnt") / "run"
     recipe = read_recipe("default", ["images.size=32", "schedule.epochs=12", "batch_size=8", "optimizer.lr=2e-3"])
-    assert train(garment_folder, recipe, run, threads=1, workers=0).metrics.top1 > 60
+    assert train(garment_folder, recipe, run, machine=Machine(threads=1, workers=0)).metrics.top1 > 60
     return open_checkpoint(run / "model.safetensors")
 
 

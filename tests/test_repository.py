@@ -15,6 +15,7 @@ SOURCE = REPOSITORY / "src" / "nextvit"
 ROOMS = [  # the order of docs/architecture.md: a module imports what stands before it, or beside it in its own row
     ["errors", "extras", "files", "progress", "spec", "metadata", "devices", "imagenet", "trust"],
     ["backbone"],
+    ["processes"],
     ["weights"],
     ["create"],
     ["cost", "folding"],
@@ -22,6 +23,9 @@ ROOMS = [  # the order of docs/architecture.md: a module imports what stands bef
     ["metrics", "tasks"],
     ["evaluate"],
     ["recipe"],
+    ["augmentation", "optimization", "teachers"],
+    ["objective", "checkpoints"],
+    ["journal", "profiling"],
     ["train"],
     ["formats"],
     ["runtime"],

@@ -19,7 +19,7 @@ from PIL import Image
 from nextvit.create import open_checkpoint
 from nextvit.errors import Diverged, UserError
 from nextvit.recipe import Recipe, parse_recipe, read_recipe
-from nextvit.train import learning_rate, train
+from nextvit.train import Machine, train
 from nextvit.weights import read_weights, save_weights
 from tests.conftest import nextvit, nextvit_here
 
@@ -41,9 +41,10 @@ FLAGS = ["--threads", "1", "--deterministic", *(flag for value in SMALL for flag
 
 @pytest.fixture(scope="module")
 def whole(garment_folder, tmp_path_factory) -> Path:
-    """A run that nothing stopped, in a process of its own."""
+    """A run that nothing stopped."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    done = nextvit("train", garment_folder, "--output", run, *FLAGS)
+    done = nextvit_here("train", garment_folder, "--output", run, *FLAGS)
+    torch.use_deterministic_algorithms(False)
     assert done.returncode == 0, done.stderr
     return run
 
@@ -63,8 +64,10 @@ def start_and_signal(data: Path, run: Path, number: int, wait: float) -> tuple[i
 
 def test_a_run_folder_holds_what_the_contract_says(trained):
     names = {path.relative_to(trained).as_posix() for path in trained.rglob("*") if path.is_file()}
+    curves = {name for name in names if name.startswith("tensorboard/events.out.tfevents.")}
+    assert len(curves) == 1
     files = {"recipe.yaml", "metrics.csv", "last.ckpt", "last.prev.ckpt", "best.ckpt", "model.safetensors"}
-    assert names == files | {"plots/curves.png", "plots/confusion.png", "plots/confusion.csv"}
+    assert names - curves == files | {"plots/curves.png", "plots/confusion.png", "plots/confusion.csv"}
     assert [row["epoch"] for row in rows(trained)] == ["1", "2"]
     resolved = yaml.safe_load((trained / "recipe.yaml").read_text())
     assert (resolved["schedule"]["epochs"], resolved["images"]["size"], resolved["seed"]) == (2, 32, 0)
@@ -76,10 +79,12 @@ def test_a_run_folder_holds_what_the_contract_says(trained):
 
 def test_training_learns_three_easy_classes(garment_folder, tmp_path):
     recipe = read_recipe("default", ["images.size=32", "schedule.epochs=25", "batch_size=8", "optimizer.lr=2e-3"])
-    result = train(garment_folder, recipe, tmp_path / "run", threads=1, workers=0)
+    result = train(garment_folder, recipe, tmp_path / "run", machine=Machine(threads=1, workers=0))
     assert result.metrics.top1 >= 75, "chance is 33 %"
 
 
+@pytest.mark.slow
+@pytest.mark.fault("T1", "SIGKILL in another process, and resumed in a third: the same run")
 def test_resuming_after_sigkill_gives_the_same_run(whole, garment_folder, tmp_path):
     """Killed in mid-epoch, at a moment that the machine chooses, and resumed until it is done."""
     killed = tmp_path / "killed"
@@ -128,59 +133,20 @@ def test_a_stop_after_any_step_resumes_to_the_same_run(step, whole, garment_fold
     with monkeypatch.context() as patch:
         patch.setattr(module, "train_step", signalling)
         with pytest.raises(module.Interrupted):
-            train(garment_folder, recipe, tmp_path / "run", threads=1, workers=0, deterministic=True)
+            train(garment_folder, recipe, tmp_path / "run", machine=Machine(threads=1, workers=0, deterministic=True))
     state = read_weights(tmp_path / "run" / "last.ckpt").state
     assert (state["epoch"], state["step"]) == (0, step)
-    train(garment_folder, recipe, tmp_path / "run", resume=True, threads=1, workers=0, deterministic=True)
+    train(
+        garment_folder, recipe, tmp_path / "run", resume=True, machine=Machine(threads=1, workers=0, deterministic=True)
+    )
     torch.use_deterministic_algorithms(False)
     assert rows(tmp_path / "run") == rows(whole)
     assert same_tensors(tmp_path / "run" / "model.safetensors", whole / "model.safetensors")
 
 
-@pytest.mark.slow
-def test_a_whole_checkpoint_exists_after_a_kill_at_every_step_of_saving(garment_folder, tmp_path, monkeypatch):
-    """The process dies at the k-th rename or sync of the run, for every k: what is there can be resumed."""
-    recipe = read_recipe("default", [*SMALL, "schedule.epochs=2"])
-    survived, k = 0, 0
-    while True:
-        k += 1
-        run = tmp_path / str(k)
-        child = os.fork()
-        if child == 0:
-            calls = 0
-
-            def dying(function, k=k):
-                def call(*args, **kwargs):
-                    nonlocal calls
-                    calls += 1
-                    if calls == k:
-                        os._exit(77)
-                    return function(*args, **kwargs)
-
-                return call
-
-            for name in ("replace", "fsync", "rename"):
-                setattr(os, name, dying(getattr(os, name)))
-            try:
-                train(garment_folder, recipe, run, threads=1, workers=0)
-            except BaseException:
-                os._exit(1)
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
-        code = os.waitstatus_to_exitcode(status)
-        assert code in (0, 77)
-        if code == 0:
-            break
-        if (run / "last.ckpt").exists() or (run / "last.prev.ckpt").exists():
-            from nextvit.train import _newest_checkpoint
-
-            assert _newest_checkpoint(run).state["epoch"] >= 1
-            survived += 1
-        if k % 4 == 0:
-            k += 1
-    assert survived >= 6, "else nothing was tried"
-
-
+@pytest.mark.fault(
+    "K3", "the newest is empty, cut, or random: the one before is taken, with a warning; given itself: exit 2"
+)
 @pytest.mark.parametrize("damage", ["empty", "half", "last byte", "random"])
 def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(damage, trained, garment_folder, tmp_path):
     run = tmp_path / "run"
@@ -202,10 +168,11 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(damage, trained,
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_files_finite(garment_folder, tmp_path):
     recipe = read_recipe("default", [*SMALL, "optimizer.lr=1e30", "schedule.warmup_epochs=0.1"])
     with pytest.raises(Diverged, match=r"not finite at epoch 1, step \d+, learning rate"):
-        train(garment_folder, recipe, tmp_path / "run", threads=1, workers=0)
+        train(garment_folder, recipe, tmp_path / "run", machine=Machine(threads=1, workers=0))
     assert not list((tmp_path / "run").glob("*.ckpt"))
 
 
+@pytest.mark.fault("D3, D5", "over 1 % unreadable (cut JPEGs): exit 2 before epoch 1; else left out and listed")
 def test_images_that_cannot_be_read_are_left_out_and_listed(garment_folder, tmp_path):
     folder = tmp_path / "data"
     shutil.copytree(garment_folder, folder)
@@ -217,7 +184,12 @@ def test_images_that_cannot_be_read_are_left_out_and_listed(garment_folder, tmp_
     for path in planted:
         path.write_bytes(path.read_bytes()[:200])
     done = nextvit_here("train", folder, "--output", tmp_path / "run", *(f for s in SMALL for f in ("--set", s)))
+    assert (done.returncode, "2 of 48 images of train cannot be read" in done.stderr) == (2, True)
+    assert not (tmp_path / "run").exists()
+    flags = ["--allow-bad", *(f for s in SMALL for f in ("--set", s))]
+    done = nextvit_here("train", folder, "--output", tmp_path / "run", *flags)
     assert done.returncode == 0, done.stderr
+    assert read_weights(tmp_path / "run" / "last.ckpt").state["images"] == 3 * 46, "each good image once an epoch"
     with open(tmp_path / "run" / "rejected.csv", newline="") as file:
         assert [row["file"] for row in csv.DictReader(file)] == [str(path) for path in planted]
 
@@ -294,15 +266,14 @@ def test_a_run_goes_on_in_another_precision_if_told(trained, garment_folder, tmp
     assert "begun in fp16 and goes on in fp32" in done.stderr
 
 
+@pytest.mark.fault("K2", "the disk is full: the older checkpoint is whole, nothing unfinished stays, one sentence")
 def test_a_full_disk_is_a_sentence_and_spoils_nothing(trained, garment_folder, tmp_path):
     """No file may grow beyond 1 MB in the process: the next checkpoint cannot be written."""
     run = tmp_path / "run"
     shutil.copytree(trained, run)
-    text = (run / "recipe.yaml").read_text()
-    (run / "recipe.yaml").write_text(text.replace("epochs: 2", "epochs: 3", 1))
     before = {path.name: path.read_bytes() for path in run.glob("*.ckpt")}
     done = nextvit(
-        "train", garment_folder, "--resume", run,
+        "train", garment_folder, "--resume", run, "--set", "schedule.epochs=3",
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)),
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
@@ -315,7 +286,7 @@ def test_a_run_without_its_weight_file_gets_it_back_from_the_best_checkpoint(tra
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     (run / "model.safetensors").unlink()
-    train(garment_folder, read_recipe(str(run / "recipe.yaml")), run, resume=True, workers=0)
+    train(garment_folder, read_recipe(str(run / "recipe.yaml")), run, resume=True, machine=Machine(workers=0))
     assert same_tensors(run / "model.safetensors", trained / "model.safetensors")
 
 
@@ -330,15 +301,6 @@ def test_class_names_that_are_odd_do_not_spoil_a_run(tmp_path):
     assert done.returncode == 0, done.stderr
     labels = read_weights(tmp_path / "run" / "model.safetensors").metadata.labels
     assert sorted(map(os.fsencode, labels)) == sorted((b"nextvit-sha256:", b"\xff", "naïve 😀".encode()))
-
-
-def test_the_rate_warms_up_linearly_and_falls_as_a_cosine():
-    recipe = parse_recipe("optimizer: {lr: 1.0e-3}\nschedule: {epochs: 10, warmup_epochs: 2, min_lr: 1.0e-5}", "test")
-    assert learning_rate(0, recipe) == pytest.approx(1e-5)
-    assert learning_rate(1, recipe) == pytest.approx((1e-5 + 1e-3) / 2)
-    assert learning_rate(2, recipe) == pytest.approx(1e-3)
-    assert learning_rate(6, recipe) == pytest.approx((1e-5 + 1e-3) / 2)
-    assert learning_rate(10, recipe) == pytest.approx(1e-5)
 
 
 @pytest.mark.parametrize(
@@ -370,7 +332,7 @@ def test_a_recipe_survives_its_own_yaml():
 def test_fine_tuning_starts_from_the_given_weights(trained, garment_folder, tmp_path):
     recipe = read_recipe("default", [*SMALL, "schedule.epochs=1", "optimizer.lr=1e-9", "schedule.min_lr=0"])
     recipe = replace(recipe, weights=str(trained / "model.safetensors"))
-    train(garment_folder, recipe, tmp_path / "run", threads=1, workers=0)
+    train(garment_folder, recipe, tmp_path / "run", machine=Machine(threads=1, workers=0))
     before, after = (
         open_checkpoint(trained / "model.safetensors"),
         open_checkpoint(tmp_path / "run" / "model.safetensors"),

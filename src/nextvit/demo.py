@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from nextvit.runtime.open import open_session
 from nextvit.runtime.predictor import Predictor
 from nextvit.runtime.session import Session
 from nextvit.runtime.torch_session import TorchSession
-from nextvit.train import train
+from nextvit.train import Machine, train
 
 SHOWN = 32  # sample predictions
 
@@ -39,11 +40,12 @@ def main(run: Path) -> None:
     begin = time.perf_counter()
     recipe = read_recipe("demo")
     threads = cpu_count()
-    run.mkdir(parents=True, exist_ok=True)
+    if (run / "recipe.yaml").exists():  # an earlier demo's: it is made anew
+        shutil.rmtree(run)
     torch.set_num_threads(threads)
 
     with step("train nextvit_nano on the shipped garments"):
-        validation = train("demo", recipe, run, threads=1 if threads == 2 else threads)
+        validation = train("demo", recipe, run, machine=Machine(threads=1 if threads == 2 else threads))
         report.write_run_plots(run, validation)
     best = run / "model.safetensors"
     model = open_checkpoint(best)

@@ -21,6 +21,14 @@ class Diverged(UserError):
     """Training produced a number that is not finite."""
 
 
+class OutOfMemory(RuntimeError):
+    """The machine's or the GPU's memory is too short for what was asked. The command line exits with 1."""
+
+
+class LoaderDied(RuntimeError):
+    """A process that loads images was killed. The command line exits with 1."""
+
+
 class ParityError(RuntimeError):
     """An exported file does not answer as its model does. Not the user's mistake: the command line exits with 1."""
 
@@ -60,3 +68,9 @@ def exit_code(run: Callable[[], object], *, debug: bool) -> int:
     except KeyboardInterrupt:
         print("interrupted.", file=sys.stderr)
         return 130
+
+
+def short_of_memory(error: BaseException) -> bool:
+    """Whether an error is about memory that could not be had, whichever library says it."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)

@@ -9,6 +9,7 @@ from nextvit.data.folders import Split
 from nextvit.data.loader import Batch
 from nextvit.errors import UserError
 from nextvit.metrics import TopK
+from nextvit.processes import ALONE, Processes
 from nextvit.progress import track
 
 Run = Callable[[np.ndarray], np.ndarray]  # float32 (B, 3, H, W), normalised -> (B, classes)
@@ -36,14 +37,26 @@ class Evaluation:
         }
 
 
-def evaluate(run: Run, batches: Iterable[Batch], split: Split, *, total: int, label: str = "evaluate") -> Evaluation:
-    """Run all batches (`total` of them) and count. Raises UserError where no image could be read."""
+def evaluate(
+    run: Run,
+    batches: Iterable[Batch],
+    split: Split,
+    *,
+    total: int,
+    label: str = "evaluate",
+    processes: Processes = ALONE,
+) -> Evaluation:
+    """Run all batches (`total` of them) and count, over all processes. UserError where no image could be read."""
     metrics = TopK(len(split.labels))
     rejected: list[tuple[int, str]] = []
     for batch in track(batches, total=total, label=label):
         rejected += batch.rejected
         if len(batch.indices):
             metrics.update(run(batch.images.numpy()), batch.targets.numpy())
+    metrics.confusion = processes.sum(metrics.confusion)
+    metrics.top5_hits = int(processes.sum(np.array(metrics.top5_hits)))
+    metrics.loss_sum = float(processes.sum(np.array(metrics.loss_sum)))
+    rejected = [found for part in processes.gather(rejected) for found in part]
     if not metrics.images:
         raise UserError(f"none of the {len(split)} images of {split.name} can be read: {rejected[0][1]}")
     return Evaluation(split, metrics, tuple(rejected))

@@ -1,5 +1,6 @@
 """Progress on standard error: a bar on a terminal, a plain line now and then elsewhere."""
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -13,7 +14,9 @@ PLAIN_EVERY = 10.0  # seconds
 
 
 def say(text: str) -> None:
-    """A line for the person who watches; standard output is kept for results."""
+    """A line for the person who watches; standard output is kept for results. Of several processes the first speaks."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     print(text, file=sys.stderr, flush=True)
 
 

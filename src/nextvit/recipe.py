@@ -26,17 +26,21 @@ class Optimizer:
     """AdamW (paper, 4.1)."""
 
     lr: Positive = 1e-3  # peak, for the batch size as it is
-    weight_decay: NotNegative = 0.05  # not on biases and norms
+    weight_decay: NotNegative = 0.05  # not on biases and norms: the tensors of one dimension
     clip_norm: Positive = 5.0  # of the gradient of all parameters together
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the rate, from each block to the one before it
+    frozen_stages: Annotated[int, Field(ge=0, le=4)] = 0  # the stem and so many stages keep the weights they start with
 
 
 @dataclass(frozen=True, config=STRICT)
 class Schedule:
-    """Linear warm-up, then a cosine, updated every step."""
+    """The rate over a run: a linear warm-up to the peak, and what `kind` says after it."""
 
-    epochs: Count = 30
+    kind: Literal["cosine", "cosine_released", "constant"] = "cosine"
+    epochs: Count | None = 30  # None: chosen from the number of training images
     warmup_epochs: NotNegative = 3.0
-    min_lr: NotNegative = 1e-5
+    warmup_lr: NotNegative = 1e-5  # where the warm-up starts
+    min_lr: NotNegative = 1e-5  # where a cosine ends
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -49,6 +53,34 @@ class Images:
     crop_area: Annotated[float, Field(gt=0, le=1)] = 0.35  # training: a random crop has at least this share of the area
     crop_aspect: Annotated[float, Field(ge=1)] = 4 / 3  # and at most this aspect ratio, either way
     flip: Share = 0.5  # probability of a horizontal flip
+    randaugment: Annotated[str, Field(pattern=r"^(rand(-[a-z]+[\d.]+)+)?$")] = (
+        ""  # in timm's notation, such as rand-m9-mstd0.5-inc1; empty: none
+    )
+    erasing: Share = 0.0  # probability that a rectangle becomes noise
+
+
+@dataclass(frozen=True, config=STRICT)
+class Mixing:
+    """Mixup and CutMix: a batch and the same batch reversed become one, images and targets alike."""
+
+    mixup: NotNegative = 0.0  # alpha of Beta(alpha, alpha), which the share is drawn from; 0: no mixup
+    cutmix: NotNegative = 0.0  # alpha of CutMix; with both, either by a fair coin
+    images: Count | None = None  # that share one draw; None: the whole batch
+
+
+@dataclass(frozen=True, config=STRICT)
+class Distillation:
+    """A teacher's answers as targets, beside the labels or instead of them."""
+
+    teacher: str | None = None  # a checkpoint or an exported file of ours, or timm:NAME; None: no teacher
+    share: Share = 0.5  # of the teacher in the loss of an image with a label; without a label it is 1
+    hard: bool = False  # the teacher's first label; else its probabilities
+    temperature: Positive = 1.0  # of both sides' probabilities
+    unlabelled: str | None = None  # a folder of images without labels, which the teacher alone judges
+
+    def __post_init__(self) -> None:
+        if self.unlabelled is not None and self.teacher is None:
+            raise ValueError("images without labels need distillation.teacher")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -57,13 +89,20 @@ class Recipe:
 
     model: str = "nextvit_nano"
     weights: str | None = None  # a file, a published tag, "none"; None: published ones where the variant has them
-    batch_size: Count = 16
+    batch_size: Count = 16  # images a step, over all processes
+    accumulation: Count = 1  # parts that a process takes its share of a batch in, for less memory
     optimizer: Optimizer = Field(default_factory=Optimizer)
     schedule: Schedule = Field(default_factory=Schedule)
     images: Images = Field(default_factory=Images)
+    mixing: Mixing = Field(default_factory=Mixing)
+    distillation: Distillation = Field(default_factory=Distillation)
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    class_weights: bool = False  # rare classes count more: the inverse of their share, the mean over images 1
     drop_path: Annotated[float, Field(ge=0, lt=1)] | None = None  # None: the variant's own
     kv_pooling: Literal["sequence", "spatial"] = "sequence"
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay a step of a running mean of the weights; None: none
+    patience: Count | None = None  # epochs without a better one after which the run ends; None: it never does
+    sync_batchnorm: bool = False  # with several processes: statistics over all of them
     seed: Annotated[int, Field(ge=0)] = 0
 
     def to_yaml(self) -> str:
@@ -78,6 +117,30 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
     """All values, nested as in the YAML."""
     values: dict[str, Any] = TypeAdapter(Recipe).dump_python(recipe, mode="json")
     return values
+
+
+def from_dict(values: Mapping[str, Any]) -> Recipe:
+    """The recipe that `to_dict` was given."""
+    return TypeAdapter(Recipe).validate_python(values)
+
+
+def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """The recipe with `key=value` overrides."""
+    return parse_recipe(recipe.to_yaml(), "the recipe", overrides)
+
+
+def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ between two recipes, each with both values."""
+    first, second = flat(before), flat(now)
+    return {key: (first.get(key), second[key]) for key in second if first.get(key) != second[key]}
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found
 
 
 def shipped() -> list[str]:
@@ -144,14 +207,7 @@ def _sentence(error: ValidationError, source: str) -> str:
     first = error.errors()[0]
     key = ".".join(map(str, first["loc"]))
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        near = difflib.get_close_matches(key, _keys(to_dict(Recipe())), n=1, cutoff=0.4)
+        near = difflib.get_close_matches(key, list(flat(to_dict(Recipe()))), n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}?" if near else "`nextvit train --help` tells where the keys are listed."
         return f"{source}: there is no key {key}; {hint}"
     return f"{source}: {key} = {first['input']!r} will not do: {first['msg'][0].lower()}{first['msg'][1:]}."
-
-
-def _keys(values: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for key, value in values.items():
-        found += _keys(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
-    return found

@@ -1,13 +1,16 @@
 """Training: one flat loop, a run folder that is whole at every moment, and resuming from it."""
 
+import contextlib
 import math
 import os
 import re
 import signal
+import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,48 +19,62 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nextvit import checkpoints
+from nextvit.augmentation import Normalise, draw_mixing, erase, mix, sample_transform
 from nextvit.backbone import NextViT
+from nextvit.checkpoints import BEST, LAST, WEIGHTS, Epoch, Position, newest_checkpoint, owned
 from nextvit.create import create_model, open_checkpoint
-from nextvit.data.folders import Split, read_split
-from nextvit.data.loader import Batch, Transform, batches, eval_transform, shuffled
-from nextvit.devices import DTYPES, cpu_count, pick_device, pick_precision, set_threads
-from nextvit.errors import Diverged, Interrupted, UserError
+from nextvit.data.check import quick_check
+from nextvit.data.folders import Split, read_split, with_unlabelled
+from nextvit.data.loader import Batch, batches, eval_transform, loaders
+from nextvit.data.seeds import generator, word
+from nextvit.devices import DTYPES, pick_device, pick_precision, set_threads
+from nextvit.errors import Diverged, Interrupted, LoaderDied, OutOfMemory, UserError, short_of_memory
 from nextvit.evaluate import Evaluation, evaluate
-from nextvit.extras import need
-from nextvit.files import replacing, sweep, write_rows, write_text
-from nextvit.metadata import Metadata, Preprocess
+from nextvit.files import sweep, write_rows, write_text
+from nextvit.journal import Journal
+from nextvit.metadata import Metadata
+from nextvit.objective import Objective, Targets, objective
+from nextvit.optimization import RunningMean, freeze, learning_rate, parameter_groups
+from nextvit.processes import Agreement, Processes, joined, synchronise_batchnorm
+from nextvit.profiling import Profile
 from nextvit.progress import say, track
-from nextvit.recipe import Recipe
-from nextvit.tasks import classify
-from nextvit.weights import PUBLISHED, WeightFile, model_tensors, read_weights, save_weights
+from nextvit.recipe import Recipe, changed, from_dict, override, to_dict
+from nextvit.weights import PUBLISHED, WeightFile, read_weights, save_weights
 
-LAST, PREVIOUS, BEST, WEIGHTS = "last.ckpt", "last.prev.ckpt", "best.ckpt", "model.safetensors"
+IMAGES_TO_SEE, LEAST_EPOCHS, MOST_EPOCHS = 30_000, 10, 100  # where the recipe leaves the number of epochs to the data
+SAVE_EVERY = 600.0  # seconds, in a long epoch
+SAVE = 1  # what the processes tell each other: save and go on; a larger number is a signal's
+LAG = {"cpu": 0, "cuda": 2, "mps": 0}  # steps that a GPU may be ahead of the look at its losses
 
 
 @dataclass(frozen=True)
-class Epoch:
-    """A row of metrics.csv."""
+class Machine:
+    """Where a run computes; none of it changes what it learns, but for rounding."""
 
-    epoch: int  # from 1
-    lr: float  # at the last step of the epoch
-    train_loss: float  # mean over the epoch's images, with label smoothing
-    val_loss: float  # cross entropy
-    val_top1: float  # percent
-    val_top5: float
-    images: int  # seen in training so far
+    device: str = "auto"
+    precision: str = "auto"
+    threads: int | None = None
+    workers: int | None = None  # processes that load images; None: one beside a CPU that trains, up to 8 for a GPU
+    deterministic: bool = False
+    compile: bool = False
+    shard: bool = False  # FSDP2: weights and moments in shards over the processes
+    logs: tuple[str, ...] = ()  # beside metrics.csv and TensorBoard: wandb, mlflow
+    profile: bool = False
+    allow_bad: bool = False  # train although more than 1 % of the images cannot be read
+    strict_data: bool = False  # do not, if any cannot, or if an image is in train and val both
 
 
 @dataclass
-class Position:
-    """Where a run is; with the tensors it is all that a checkpoint holds."""
+class Outcome:
+    """What a step came to on this process, on its way from the device."""
 
-    epoch: int = 0  # whole epochs done
-    step: int = 0  # steps done in the next one
-    images: int = 0  # seen so far
-    loss_sum: float = 0.0  # over the images of the epoch that has begun
-    loss_images: int = 0
-    history: list[Epoch] = field(default_factory=list)
-    rejected: dict[str, str] = field(default_factory=dict)  # file -> why
+    epoch: int
+    step: int
+    rate: float
+    indices: list[int]
+    values: Tensor  # (2,): sum of the images' losses, norm of the gradient
+    ready: torch.cuda.Event | None = None
 
 
 @dataclass
@@ -65,21 +82,33 @@ class Run:
     """Everything that the loop works on."""
 
     recipe: Recipe
+    epochs: int
     data: str
     folder: Path
+    processes: Processes
     training: Split
     validation: Split
     model: NextViT
+    network: nn.Module  # the model as it is called: compiled, in step with other processes
+    frozen: list[nn.Module]
+    mean: RunningMean | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    objective: Objective
+    normalise: Normalise
     device: torch.device
     precision: str
     workers: int
     position: Position
+    outcomes: list[Outcome] = field(default_factory=list)  # of steps that were not looked at yet
+    seen: np.ndarray = field(default_factory=lambda: np.zeros(2))  # on this process since the last save: images, losses
+    rejected: dict[str, str] = field(default_factory=dict)
 
     @property
     def batch_size(self) -> int:
-        return min(self.recipe.batch_size, len(self.training))
+        """Images a step, over all processes: as the recipe says, or all there are."""
+        least = 2 * self.processes.count * self.recipe.accumulation
+        return min(self.recipe.batch_size, len(self.training) // least * least if least > 2 else len(self.training))
 
     @property
     def steps(self) -> int:
@@ -96,145 +125,279 @@ def train(
     folder: Path,
     *,
     resume: bool = False,
-    device: str = "auto",
-    precision: str = "auto",
-    threads: int | None = None,
-    workers: int | None = None,
-    deterministic: bool = False,
+    changes: Sequence[str] = (),
+    machine: Machine = Machine(),
 ) -> Evaluation:
     """Train a classifier on the images of `data` and keep everything in the run folder `folder`.
 
-    resume: go on from the newest whole checkpoint in `folder`, with the recipe that it was started with.
-    workers: processes that load images; None: one beside a CPU that trains, up to eight for a GPU.
+    resume: go on from the newest whole checkpoint in `folder`, with the recipe that it was started with, but for
+    `changes` (`key=value`). Started by torchrun, all its processes train together.
 
     Returns the evaluation of the best epoch on `val`. Raises UserError for data or arguments that do not fit, Diverged
     when a loss is not finite (the last checkpoint is kept), Interrupted after a signal, once the state is saved.
     """
-    run = _prepare(data, recipe, folder, resume, device, precision, threads, workers, deterministic)
-    recipe = run.recipe
-    write_text(folder / "recipe.yaml", recipe.to_yaml())
-    say(
-        f"{recipe.model} on {len(run.training)} images of {len(run.training.labels)} classes, {len(run.validation)} to "
-        f"validate; {run.device}, {run.precision}, {torch.get_num_threads()} threads, batch {run.batch_size}."
-    )
-    with _signals() as received:
-        while run.position.epoch < recipe.schedule.epochs:
-            train_epoch(run, received)
-            finish_epoch(run)
-            if received:
-                raise _interrupted(run, received[0])
-    if run.position.rejected:
-        rows = [{"file": file, "reason": why} for file, why in sorted(run.position.rejected.items())]
-        write_rows(folder / "rejected.csv", rows)
-        say(f"note: {len(rows)} images could not be read and were left out; {folder / 'rejected.csv'} names them.")
-    best = open_checkpoint(folder / WEIGHTS).to(run.device)
-    return validate(best, run)
+    with joined(machine.device) as processes, contextlib.ExitStack() as held:
+        if processes.first:
+            held.enter_context(owned(folder, new=not resume))
+        processes.wait()
+        run = _prepare(data, recipe, folder, resume, changes, machine, processes)
+        journal = held.enter_context(Journal.opened(run.folder, run.recipe, run.position, machine.logs, processes))
+        profile = held.enter_context(Profile.opened(folder if machine.profile and processes.first else None))
+        received = held.enter_context(_signals())
+        agreed = Agreement(processes)
+        try:
+            while run.position.epoch < run.epochs and not _ended(run):
+                train_epoch(run, journal, profile, lambda due: agreed(max(received, default=due)))
+                row = finish_epoch(run)
+                journal.epoch(row)
+                if received and processes.count == 1:
+                    raise _interrupted(run, received[0])
+        except (RuntimeError, MemoryError) as error:
+            if "DataLoader worker" in str(error):  # torch raises it wherever the run is
+                cause = str(error).partition("\n")[0].strip().rstrip(".")
+                raise LoaderDied(f"{cause}: it loaded images; go on with --resume {folder}.") from error
+            if not short_of_memory(error):
+                raise
+            raise OutOfMemory(
+                f"memory is short for {run.batch_size // processes.count} images of {run.recipe.images.size} pixels at "
+                f"once: --set accumulation={2 * run.recipe.accumulation} takes them in smaller parts; the last whole "
+                f"checkpoint in {folder} is kept."
+            ) from error
+        _list_rejected(run)
+        processes.wait()
+        best = open_checkpoint(folder / WEIGHTS).to(run.device)
+        return validate(best, run)
 
 
-def _interrupted(run: Run, number: int) -> Interrupted:
-    return Interrupted(number, f"saved; go on with: nextvit train {run.data} --resume {run.folder}")
-
-
-def train_epoch(run: Run, received: Sequence[int]) -> None:
-    """The steps of the epoch that are not done yet. After a signal it saves at the next step and raises Interrupted."""
+def train_epoch(run: Run, journal: Journal, profile: Profile, told: Callable[[int], int]) -> None:
+    """The steps of the epoch that are not done yet. Told to stop, it saves after the step and raises Interrupted."""
     at, recipe = run.position, run.recipe
-    order = shuffled(len(run.training), recipe.seed, at.epoch)[at.step * run.batch_size : run.steps * run.batch_size]
-    loaded = batches(
+    parts = batches(
         run.training,
-        train_transform(recipe, run.model.metadata.preprocess),
-        batch_size=run.batch_size,
-        order=order,
+        sample_transform(recipe.images, run.model.metadata.preprocess),
+        order=_parts(run),
         seed=(recipe.seed, at.epoch),
         workers=run.workers,
         pin_memory=run.device.type == "cuda",
     )
-    label = f"epoch {at.epoch + 1} of {recipe.schedule.epochs}"
-    run.model.train()
-    for batch in track(loaded, total=run.steps, label=label, unit="images", per_item=run.batch_size, done=at.step):
-        at.rejected |= {str(run.training.files[index]): why for index, why in batch.rejected}
-        count = len(batch.indices)
-        if count >= 2:  # BatchNorm cannot normalise a single value
-            loss = train_step(run, batch, learning_rate(at.epoch + at.step / run.steps, recipe))
-            at.images += count
-            at.loss_sum += loss * count
-            at.loss_images += count
+    batch = iter(lambda: list(islice(parts, recipe.accumulation)), [])
+    label = f"epoch {at.epoch + 1} of {run.epochs}"
+    run.network.train()
+    for module in run.frozen:
+        module.eval()
+    saved = time.monotonic()
+    for step in track(batch, total=run.steps, label=label, unit="images", per_item=run.batch_size, done=at.step):
+        train_step(run, step, learning_rate(at.epoch + at.step / run.steps, run.epochs, recipe))
+        settle(run, journal, LAG[run.device.type])
         at.step += 1
-        if received:
-            save_checkpoint(run, LAST)
-            raise _interrupted(run, received[0])
+        at.steps += 1
+        profile.step()
+        number = told(SAVE if time.monotonic() - saved > SAVE_EVERY else 0)
+        if number:
+            settle(run, journal)
+            save(run, LAST)
+            saved = time.monotonic()
+        if number > SAVE:
+            raise _interrupted(run, number)
+    settle(run, journal)
 
 
-def train_step(run: Run, batch: Batch, lr: float) -> float:
-    """Forward, backward, clip, step; returns the loss. Diverged, before any weight changes, if it is not finite."""
+def _parts(run: Run) -> list[np.ndarray]:
+    """The batches of the epoch that are not done yet: of each, in order, this process's share of each of its parts."""
+    at, recipe = run.position, run.recipe
+    order = run.training.order(recipe.seed, at.epoch)[: run.steps * run.batch_size]
+    size = run.batch_size // recipe.accumulation
+    whole = [order[step * run.batch_size :][: run.batch_size] for step in range(at.step, run.steps)]
+    return [run.processes.share(batch[i * size :][:size]) for batch in whole for i in range(recipe.accumulation)]
 
-    def diverged(what: str) -> Diverged:
-        at = run.position
-        return Diverged(
-            f"the {what} is not finite at epoch {at.epoch + 1}, step {at.step}, learning rate {lr:.2g}; lower it with "
-            "--set optimizer.lr=..., in a new run."
-        )
 
+def train_step(run: Run, parts: Sequence[Batch], rate: float) -> None:
+    """Forward and backward of each part, clip, step; `run.outcomes` gets what it came to."""
+    at = run.position
     for group in run.optimizer.param_groups:
-        group["lr"] = lr
-    images = batch.images.to(run.device, non_blocking=True)
-    targets = batch.targets.to(run.device, non_blocking=True)
-    with torch.autocast(run.device.type, DTYPES[run.precision], enabled=run.precision != "fp32"):
-        logits = run.model(images)
-    loss = classify.loss(logits.float(), targets, label_smoothing=run.recipe.label_smoothing)
-    if not torch.isfinite(loss):
-        raise diverged("loss")
+        group["lr"] = rate * group["scale"]
     run.optimizer.zero_grad(set_to_none=True)
-    run.scaler.scale(loss).backward()
+    total, seen = torch.zeros((), device=run.device), []
+    for number, part in enumerate(parts):
+        run.rejected |= {str(run.training.files[index]): why for index, why in part.rejected}
+        counts = len(part.indices) >= 2  # BatchNorm cannot normalise a single value
+        if not counts:
+            if run.processes.count == 1:
+                continue
+            part = _nothing(run)  # the other processes wait for this one's gradient
+        torch.manual_seed(word(run.recipe.seed, at.epoch, at.step, number, run.processes.rank))  # drop path
+        with contextlib.nullcontext() if number + 1 == len(parts) else _not_yet(run.network):
+            loss = part_loss(run, part, number) * counts
+            run.scaler.scale(loss / len(parts)).backward()
+        total += loss.detach() * len(part.indices)
+        seen += part.indices.tolist()
+    if not seen and run.processes.count == 1:
+        return
     run.scaler.unscale_(run.optimizer)
-    norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.recipe.optimizer.clip_norm)
-    if not run.scaler.is_enabled() and not torch.isfinite(norm):  # a scaler skips such a step by itself
-        raise diverged("gradient")
+    norm = checkpoints.whole(nn.utils.clip_grad_norm_(run.model.parameters(), run.recipe.optimizer.clip_norm))
+    values = torch.stack([total, norm.to(total.device)])
+    outcome = Outcome(at.epoch, at.step, rate, seen, values)
+    if run.device.type == "cuda":
+        outcome.values, outcome.ready = values.to("cpu", non_blocking=True), torch.cuda.Event()
+        outcome.ready.record()
+    elif not run.scaler.is_enabled():
+        insist_on_finite(outcome, run)  # at once where looking costs nothing: no weight changes
+    run.outcomes.append(outcome)
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    return loss.item()
+    if run.mean is not None:
+        run.mean.update(run.model, at.steps + 1)
 
 
-def finish_epoch(run: Run) -> None:
-    """Validate, and save what the epoch came to."""
+def settle(run: Run, journal: Journal, lag: int = 0) -> None:
+    """Count the steps but the last `lag` ones: a GPU is not waited for. Diverged where a number is not finite."""
+    while len(run.outcomes) > lag:
+        outcome = run.outcomes.pop(0)
+        if outcome.ready is not None:
+            outcome.ready.synchronize()
+        insist_on_finite(outcome, run)
+        run.seen += np.array([len(outcome.indices), float(outcome.values[0])])
+        if outcome.indices:
+            journal.step(float(outcome.values[0]) / len(outcome.indices), outcome.rate)
+
+
+def insist_on_finite(outcome: Outcome, run: Run) -> None:
+    """Raise Diverged, with the step, the rate and the files, where its loss or gradient is not finite."""
+    loss, norm = outcome.values.tolist()
+    if math.isfinite(loss) and (math.isfinite(norm) or run.scaler.is_enabled()):  # a scaler skips such steps itself
+        return
+    names = [str(run.training.files[index]) for index in outcome.indices]
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    raise Diverged(
+        f"the {'gradient' if math.isfinite(loss) else 'loss'} is not finite at epoch {outcome.epoch + 1}, step "
+        f"{outcome.step}, learning rate {outcome.rate:.2g}, on {', '.join(names[:4])}{more}; what was saved before is "
+        "kept. Lower the rate with --set optimizer.lr=..., in a new run."
+    )
+
+
+def part_loss(run: Run, part: Batch, number: int) -> Tensor:
+    """The mean loss of a part of a batch: augmented, mixed, seen by the network and perhaps by a teacher."""
     at, recipe = run.position, run.recipe
+    images = run.normalise(part.images)
+    if recipe.images.erasing:
+        erase(images, part.indices, recipe.images.erasing, (recipe.seed, at.epoch))
+    labels = part.targets.to(run.device, non_blocking=True)
+    targets = run.objective.targets(labels)
+    if recipe.mixing.mixup or recipe.mixing.cutmix:
+        targets = _mixed(run, images, targets, number)
+    with torch.autocast(run.device.type, DTYPES[run.precision], enabled=run.precision != "fp32"):
+        logits = run.network(images)
+    return run.objective.loss(logits.float(), images, targets)
+
+
+def _mixed(run: Run, images: Tensor, targets: Targets, number: int) -> Targets:
+    """Images in place; a draw for every `mixing.images` of the whole batch, the same on every process."""
+    at, recipe = run.position, run.recipe
+    size = recipe.mixing.images
+    here = len(images) if size is None else max(2, size // run.processes.count)
+    mixed = []
+    for group, start in enumerate(range(0, len(images), here)):
+        rows = slice(start, start + here)
+        draw = draw_mixing(recipe.mixing, generator(recipe.seed, at.epoch, at.step, number, group), *images.shape[2:])
+        mixed.append(mix(images[rows], draw, *(t[rows] for t in targets)))
+    return Targets(*(torch.cat(column) for column in zip(*mixed, strict=True)))
+
+
+def _nothing(run: Run) -> Batch:
+    """Two black images."""
+    size = run.recipe.images.size
+    none = torch.empty(0, dtype=torch.int64)
+    return Batch(torch.zeros(2, size, size, 3, dtype=torch.uint8), none.new_full((2,), -1), none, ())
+
+
+def _not_yet(network: nn.Module) -> Any:
+    """Gradients stay on their process: more parts of the batch are to come."""
+    return network.no_sync() if isinstance(network, nn.parallel.DistributedDataParallel) else contextlib.nullcontext()
+
+
+def finish_epoch(run: Run) -> Epoch:
+    """Validate, and save what the epoch came to."""
+    at = run.position
+    gather(run)
     if not at.loss_images:
         why = next(iter(at.rejected.values()), "no batch has two images")
         raise UserError(f"no image of {run.training.name} could be trained on: {why}")
     validated = validate(run.model, run)
     at.rejected |= {str(run.validation.files[index]): why for index, why in validated.rejected}
-    m = validated.metrics
-    lr = learning_rate(at.epoch + 1 - 1 / run.steps, recipe)
-    row = Epoch(at.epoch + 1, lr, at.loss_sum / at.loss_images, m.loss, m.top1, m.top5, at.images)
-    best = max(map(_merit, at.history), default=(-1.0, 0.0))
+    m, e = validated.metrics, validate(run.mean.model, run).metrics if run.mean is not None else None
+    rate = learning_rate(at.epoch + 1 - 1 / run.steps, run.epochs, run.recipe)
+    row = Epoch(
+        epoch=at.epoch + 1,
+        lr=rate,
+        train_loss=at.loss_sum / at.loss_images,
+        val_loss=m.loss,
+        val_top1=m.top1,
+        val_top5=m.top5,
+        ema_loss=None if e is None else e.loss,
+        ema_top1=None if e is None else e.top1,
+        ema_top5=None if e is None else e.top5,
+        images=at.images,
+    )
+    best = max((earlier.merit for earlier in at.history), default=(-1.0, 0.0))
     at.history.append(row)
     at.epoch, at.step, at.loss_sum, at.loss_images = at.epoch + 1, 0, 0.0, 0
     # last.ckpt comes last: what its history tells must be there already.
-    if _merit(row) > best:
-        save_checkpoint(run, BEST)
-        metadata = replace(run.model.metadata, recipe=recipe.sha256)
-        save_weights(run.folder / WEIGHTS, run.model.state_dict(), metadata)
-    write_rows(run.folder / "metrics.csv", [asdict(row) for row in at.history])
-    save_checkpoint(run, LAST)
+    if row.merit > best:
+        save(run, BEST)
+    if run.processes.first:
+        write_rows(run.folder / "metrics.csv", checkpoints.rows(at.history))
+    save(run, LAST)
+    mean = "" if e is None else f" (running mean {e.top1:.1f} %)"
     say(
-        f"epoch {at.epoch} of {recipe.schedule.epochs}: train loss {row.train_loss:.3f}, val loss {m.loss:.3f}, "
-        f"val top-1 {m.top1:.1f} %"
+        f"epoch {at.epoch} of {run.epochs}: train loss {row.train_loss:.3f}, val loss {m.loss:.3f}, "
+        f"val top-1 {m.top1:.1f} %{mean}"
     )
+    return row
 
 
-def _merit(row: Epoch) -> tuple[float, float]:
-    """The best epoch has the highest top-1 on `val`, and of equal ones the lowest loss."""
-    return row.val_top1, -row.val_loss
+def gather(run: Run) -> None:
+    """Add what all processes saw since the last time to the position; BatchNorm's statistics are the first one's."""
+    at = run.position
+    images, losses = run.processes.sum(run.seen)
+    at.images += int(images)
+    at.loss_images += int(images)
+    at.loss_sum += float(losses)
+    for found in run.processes.gather(run.rejected):
+        at.rejected |= found
+    run.seen, run.rejected = np.zeros(2), {}
+    run.processes.same_buffers(run.model)
 
 
-def learning_rate(epoch: float, recipe: Recipe) -> float:
-    """Rate at a point of the run, in epochs done."""
-    peak, s = recipe.optimizer.lr, recipe.schedule
-    least = min(s.min_lr, peak)
-    warmup = min(s.warmup_epochs, 0.5 * s.epochs)  # of a short run at most half
-    if epoch < warmup:  # 1. linear warm-up
-        return least + (peak - least) * epoch / warmup
-    share = (epoch - warmup) / (s.epochs - warmup)  # 2. cosine to the minimum
-    return least + 0.5 * (peak - least) * (1 + math.cos(math.pi * share))
+def save(run: Run, name: str) -> None:
+    """A checkpoint of the run, and with the best the weights alone. All processes call it; the first one writes."""
+    gather(run)
+    tensors = {f"model.{key}": checkpoints.whole(tensor) for key, tensor in run.model.state_dict().items()}
+    if run.mean is not None:
+        tensors |= {f"ema.{key}": checkpoints.whole(tensor) for key, tensor in run.mean.model.state_dict().items()}
+    tensors |= checkpoints.optimizer_tensors(run.model, run.optimizer)
+    if not run.processes.first:
+        return
+    state = {
+        **asdict(run.position),
+        "data": _fingerprint(run.training, run.validation),
+        "recipe": to_dict(run.recipe),
+        "scaler": run.scaler.state_dict(),
+        "precision": run.precision,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+    checkpoints.save_checkpoint(run.folder / name, tensors, run.model.metadata, state)
+    if name == BEST:
+        save_best(run.folder, WeightFile(str(run.folder / BEST), tensors, run.model.metadata, state))
+
+
+def save_best(folder: Path, best: WeightFile) -> None:
+    """model.safetensors: the weights of the best checkpoint, or their running mean where that was the better one."""
+    position = checkpoints.read_position(best.state or {})
+    prefix = "ema." if position.history[-1].by_mean else "model."
+    tensors = {key.removeprefix(prefix): value for key, value in best.tensors.items() if key.startswith(prefix)}
+    recipe = from_dict((best.state or {})["recipe"])
+    metadata = replace(best.metadata or Metadata(recipe.model), recipe=recipe.sha256)
+    save_weights(folder / WEIGHTS, tensors, metadata)
 
 
 def validate(model: NextViT, run: Run) -> Evaluation:
@@ -245,25 +408,14 @@ def validate(model: NextViT, run: Run) -> Evaluation:
         with torch.inference_mode():
             return model(torch.from_numpy(images).to(run.device)).float().cpu().numpy()
 
-    split, size = run.validation, 2 * run.batch_size
-    source = batches(split, eval_transform(model.metadata), batch_size=size, workers=run.workers)
-    return evaluate(forward, source, split, total=-(-len(split) // size), label="validate")
+    split, size = run.validation, max(1, 2 * run.batch_size // run.processes.count)
+    mine = np.arange(run.processes.rank, len(split), run.processes.count)
+    source = batches(split, eval_transform(model.metadata), batch_size=size, order=mine, workers=run.workers)
+    total = -(-len(mine) // size)
+    return evaluate(forward, source, split, total=total, label="validate", processes=run.processes)
 
 
-def train_transform(recipe: Recipe, p: Preprocess) -> Transform:
-    """Random crop, resize and flip of a PIL image, then the scaling and normalisation of evaluation."""
-    v2 = need("torchvision.transforms.v2", extra="train")
-    mode = v2.InterpolationMode(p.interpolation)
-    r = recipe.images
-    return v2.Compose(
-        [
-            v2.RandomResizedCrop(r.size, (r.crop_area, 1.0), (1 / r.crop_aspect, r.crop_aspect), interpolation=mode),
-            v2.RandomHorizontalFlip(r.flip),
-            v2.PILToTensor(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(p.mean, p.std),
-        ]
-    )
+# ---- before the first step -------------------------------------------------------------------------------------------
 
 
 def _prepare(
@@ -271,63 +423,136 @@ def _prepare(
     recipe: Recipe,
     folder: Path,
     resume: bool,
-    device: str,
-    precision: str,
-    threads: int | None,
-    workers: int | None,
-    deterministic: bool,
+    changes: Sequence[str],
+    machine: Machine,
+    processes: Processes,
 ) -> Run:
     """Check everything before anything is written, and build the run as it starts or as it was left."""
-    place = pick_device(device)
-    set_threads(threads)
-    if workers is None:
-        workers = min(8, cpu_count()) if place.type == "cuda" else 1
-    saved = _newest_checkpoint(folder) if resume else None
+    device = pick_device(machine.device)
+    set_threads(machine.threads)
+    precision, deterministic = machine.precision, machine.deterministic
+    saved = newest_checkpoint(folder) if resume else None
     training = read_split(data, "train")
-    if len(training.labels) < 2:
-        raise UserError(f"{data} has one class only ({training.labels[0]}); a classifier needs two or more.")
-    if len(training) < 2:
-        raise UserError(f"{data} has one training image only; a network with BatchNorm needs two or more.")
+    _insist_on_images(data, training, processes.count * recipe.accumulation)
     validation = read_split(data, "val", training.labels)
+    if recipe.distillation.unlabelled is not None:
+        training = with_unlabelled(training, recipe.distillation.unlabelled)
+    told = recipe.weights is not None
+    recipe = _resolved(recipe, training)
     if saved is not None:
-        _check_same_data(saved, training, validation, folder)
-        sweep(folder)
         state = saved.state or {}
+        _insist_on_same(state, recipe, training, validation, folder)
+        recipe = override(recipe, changes)
         if precision not in ("auto", state["precision"]):
             say(f"note: {folder} was begun in {state['precision']} and goes on in {precision}.")
         precision = state["precision"] if precision == "auto" else precision
         deterministic = deterministic or state["deterministic"]
-        if not (folder / WEIGHTS).exists() and (folder / BEST).exists():
-            best = read_weights(folder / BEST)
-            save_weights(folder / WEIGHTS, model_tensors(best), best.metadata or Metadata(recipe.model))
-    chosen = pick_precision(precision, place)
-    torch.manual_seed(recipe.seed)
+    _insist_on_parts(recipe.batch_size, processes.count * recipe.accumulation)
+    chosen = pick_precision(precision, device)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     torch.use_deterministic_algorithms(deterministic)
-    told = recipe.weights is not None
-    if not told:
-        recipe = replace(recipe, weights="in1k" if recipe.model in PUBLISHED else "none")
     if saved is None:
         say(f"starting from {'random weights' if recipe.weights == 'none' else f'the weights {recipe.weights}'}.")
-    for note in training.notes + validation.notes:
-        say(f"note: {note}.")
+    if processes.first:
+        checked = quick_check(training, validation, allow_bad=machine.allow_bad, strict=machine.strict_data)
+        for note in [*training.notes, *validation.notes, *checked]:
+            say(f"note: {note}.")
+    torch.manual_seed(recipe.seed)
     try:
-        model = _new_model(recipe, training.labels, saved).to(place)
+        model = _new_model(recipe, training.labels, saved).to(device)
     except UserError as error:
         if saved is None and not told and recipe.weights != "none":
             raise UserError(f"{error} To start from random weights: --weights none.") from error
         raise
-    groups = _parameter_groups(model, recipe.optimizer.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=recipe.optimizer.lr, fused=place.type != "mps")
-    scaler = torch.amp.GradScaler(place.type, enabled=chosen == "fp16")
+    if recipe.sync_batchnorm and processes.count > 1:
+        synchronise_batchnorm(model)
+    frozen = freeze(model, recipe.optimizer.frozen_stages)
+    mean = RunningMean(model, recipe.ema) if recipe.ema is not None else None
+    if saved is not None and mean is not None:
+        tensors = {k.removeprefix("ema."): t for k, t in saved.tensors.items() if k.startswith("ema.")}
+        mean.model.load_state_dict(tensors or model.state_dict())
+    network = processes.together(model, shard=machine.shard)
+    if mean is not None and machine.shard:
+        processes.together(mean.model, shard=True)
+    if machine.compile:
+        network.compile()
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, recipe.optimizer), lr=recipe.optimizer.lr, fused=device.type != "mps"
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=chosen == "fp16")
     position = Position()
     if saved is not None:
-        position = load_training_state(saved, optimizer, scaler, place)
-        say(f"resuming {folder}: {position.epoch} of {recipe.schedule.epochs} epochs done, at step {position.step}.")
-    return Run(
-        recipe, str(data), folder, training, validation, model, optimizer, scaler, place, chosen, workers, position
+        state = saved.state or {}
+        position = checkpoints.read_position(state)
+        checkpoints.restore_optimizer(model, optimizer, saved.tensors)
+        if scaler.is_enabled() and state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+        position.step = position.step * state["recipe"]["batch_size"] // recipe.batch_size
+        if processes.first:
+            sweep(folder)
+            if not (folder / WEIGHTS).exists() and (folder / BEST).exists():
+                save_best(folder, read_weights(folder / BEST))
+    run = Run(
+        recipe=recipe,
+        epochs=recipe.schedule.epochs or 1,
+        data=str(data),
+        folder=folder,
+        processes=processes,
+        training=training,
+        validation=validation,
+        model=model,
+        network=network,
+        frozen=frozen,
+        mean=mean,
+        optimizer=optimizer,
+        scaler=scaler,
+        objective=objective(recipe, training, device),
+        normalise=Normalise(model.metadata.preprocess, device),
+        device=device,
+        precision=chosen,
+        workers=loaders(machine.workers, device, 3 * recipe.images.size**2 * recipe.batch_size),
+        position=position,
     )
+    if saved is not None:
+        say(f"resuming {folder}: {position.epoch} of {run.epochs} epochs done, at step {position.step}.")
+    if processes.first:
+        write_text(folder / "recipe.yaml", recipe.to_yaml())
+    parts = f" of {recipe.accumulation} parts" if recipe.accumulation > 1 else ""
+    several = f", {processes.count} processes" if processes.count > 1 else ""
+    say(
+        f"{recipe.model} on {len(training)} images of {len(training.labels)} classes, {len(validation)} to "
+        f"validate; {device}, {chosen}, {torch.get_num_threads()} threads{several}, batch {run.batch_size}{parts}, "
+        f"{run.epochs} epochs."
+    )
+    return run
+
+
+def _resolved(recipe: Recipe, training: Split) -> Recipe:
+    """With what the recipe leaves to the run: the weights to start from, the number of epochs."""
+    if recipe.weights is None:
+        recipe = replace(recipe, weights="in1k" if recipe.model in PUBLISHED else "none")
+    if recipe.schedule.epochs is None:
+        epochs = min(MOST_EPOCHS, max(LEAST_EPOCHS, round(IMAGES_TO_SEE / len(training))))
+        recipe = replace(recipe, schedule=replace(recipe.schedule, epochs=epochs))
+    return recipe
+
+
+def _insist_on_images(data: str | Path, training: Split, parts: int) -> None:
+    if len(training.labels) < 2:
+        raise UserError(f"{data} has one class only ({training.labels[0]}); a classifier needs two or more.")
+    if len(training) < 2 * parts:
+        count = "one training image" if len(training) == 1 else f"{len(training)} training images"
+        several = " for each part of a batch" if parts > 1 else ""
+        raise UserError(f"{data} has {count} only; a network with BatchNorm needs two or more{several}.")
+
+
+def _insist_on_parts(batch_size: int, parts: int) -> None:
+    if parts > 1 and batch_size % (2 * parts):
+        raise UserError(
+            f"a batch of {batch_size} does not divide into {parts} parts of an even number of images; take a multiple "
+            f"of {2 * parts}."
+        )
 
 
 def _new_model(recipe: Recipe, labels: Sequence[str], saved: WeightFile | None) -> NextViT:
@@ -347,16 +572,32 @@ def _new_model(recipe: Recipe, labels: Sequence[str], saved: WeightFile | None) 
     return model
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Biases and norms are the 1-d tensors; they do not decay."""
-    parameters = list(model.parameters())
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+def _fingerprint(training: Split, validation: Split) -> dict[str, Any]:
+    return {
+        "labels": list(training.labels),
+        "images": [len(training), len(validation)],
+        "files": [training.sha256, validation.sha256],
+    }
 
 
-# ---- the run folder --------------------------------------------------------------------------------------------------
+def _insist_on_same(state: dict[str, Any], recipe: Recipe, training: Split, validation: Split, folder: Path) -> None:
+    if "recipe" not in state:
+        raise UserError(f"{folder} was begun by an older version; start a new run with --weights {folder / WEIGHTS}.")
+    for key, now in _fingerprint(training, validation).items():
+        before = state["data"][key]
+        if before != now:
+            raise UserError(
+                f"{folder} was trained with other {key} ({before}, now {now}); give the same data, or start a new run "
+                f"with --weights {folder / WEIGHTS}."
+            )
+    for key, (before, now) in changed(state["recipe"], to_dict(recipe)).items():
+        raise UserError(
+            f"{folder / 'recipe.yaml'} has {key} = {now!r} and the run was begun with {before!r}; put it back, or say "
+            f"that you mean it: --set {key}={now}."
+        )
+
+
+# ---- the run folder and its end --------------------------------------------------------------------------------------
 
 
 def new_run_folder(data: str | Path, recipe: Recipe) -> Path:
@@ -370,83 +611,27 @@ def new_run_folder(data: str | Path, recipe: Recipe) -> Path:
     return folder
 
 
-def _fingerprint(training: Split, validation: Split) -> dict[str, Any]:
-    return {
-        "labels": list(training.labels),
-        "images": [len(training), len(validation)],
-        "files": [training.sha256, validation.sha256],
-    }
+def _ended(run: Run) -> bool:
+    """Whether no epoch was better for as long as the recipe waits."""
+    history = run.position.history
+    if run.recipe.patience is None or not history:
+        return False
+    best = max(range(len(history)), key=lambda i: history[i].merit)
+    ended = len(history) - 1 - best >= run.recipe.patience
+    if ended:
+        say(f"no epoch was better than {best + 1} for {run.recipe.patience} epochs: the run ends here.")
+    return ended
 
 
-def _check_same_data(saved: WeightFile, training: Split, validation: Split, folder: Path) -> None:
-    for key, now in _fingerprint(training, validation).items():
-        before = (saved.state or {})["data"][key]
-        if before != now:
-            raise UserError(
-                f"{folder} was trained with other {key} ({before}, now {now}); give the same data, or start a new run "
-                f"with --weights {folder / WEIGHTS}."
-            )
+def _interrupted(run: Run, number: int) -> Interrupted:
+    return Interrupted(number, f"saved; go on with: nextvit train {run.data} --resume {run.folder}")
 
 
-def save_checkpoint(run: Run, name: str) -> None:
-    """Model, optimiser and generators as tensors, the rest as JSON; a last checkpoint becomes the one before it."""
-    path = run.folder / name
-    tensors = {f"model.{key}": value for key, value in run.model.state_dict().items()}
-    for index, moments in run.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{key}": value for key, value in moments.items()}
-    tensors["generator.cpu"] = torch.get_rng_state()
-    if run.device.type == "cuda":
-        tensors["generator.cuda"] = torch.cuda.get_rng_state(run.device)
-    state = {**asdict(run.position), "data": _fingerprint(run.training, run.validation)}
-    state |= {"scaler": run.scaler.state_dict(), "precision": run.precision}
-    state |= {"deterministic": torch.are_deterministic_algorithms_enabled()}
-    with replacing(path) as unfinished:
-        save_weights(unfinished, tensors, run.model.metadata, state)
-        if name == LAST and path.exists():
-            path.replace(path.with_name(PREVIOUS))
-
-
-def load_training_state(
-    saved: WeightFile, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, place: torch.device
-) -> Position:
-    """Put the optimiser, the loss scale and the generators back as they were; returns where the run was."""
-    state = saved.state or {}
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    moments: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in saved.tensors.items():
-        kind, _, rest = key.partition(".")
-        if kind == "optimizer":
-            index, _, name = rest.partition(".")
-            parameter = parameters[int(index)]
-            if tensor.shape == parameter.shape:  # the fused optimiser walks both in memory order: it must be the same
-                tensor = torch.empty_like(parameter, requires_grad=False).copy_(tensor)
-            moments.setdefault(int(index), {})[name] = tensor
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    if scaler.is_enabled() and state["scaler"]:
-        scaler.load_state_dict(state["scaler"])
-    torch.set_rng_state(saved.tensors["generator.cpu"])
-    if place.type == "cuda" and "generator.cuda" in saved.tensors:
-        torch.cuda.set_rng_state(saved.tensors["generator.cuda"], place)
-    known = {f.name: state[f.name] for f in fields(Position)}
-    return Position(**{**known, "history": [Epoch(**row) for row in state["history"]]})
-
-
-def _newest_checkpoint(run: Path) -> WeightFile:
-    """last.ckpt, or the one before it where that is damaged."""
-    problems = []
-    for name in (LAST, PREVIOUS):
-        if (run / name).exists():
-            try:
-                saved = read_weights(run / name)
-                if saved.state is not None:
-                    if name == PREVIOUS:  # else the next save would move the damaged one over the good one
-                        (run / LAST).unlink(missing_ok=True)
-                    return saved
-                problems.append(f"{run / name} is no training checkpoint")
-            except UserError as error:
-                problems.append(str(error))
-                say(f"warning: {error}")
-    raise UserError(f"there is nothing to resume in {run}: {'; '.join(problems) or 'it has no checkpoint'}.")
+def _list_rejected(run: Run) -> None:
+    if run.position.rejected and run.processes.first:
+        rows = [{"file": file, "reason": why} for file, why in sorted(run.position.rejected.items())]
+        write_rows(run.folder / "rejected.csv", rows)
+        say(f"note: {len(rows)} images could not be read and were left out; {run.folder / 'rejected.csv'} names them.")
 
 
 @contextmanager

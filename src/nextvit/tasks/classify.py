@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch.nn.functional as F
-from torch import Tensor
 
 from nextvit.metrics import softmax
 
@@ -23,11 +21,6 @@ class Classification:
     def to_dict(self) -> dict[str, Any]:
         """As `nextvit predict` writes it."""
         return {"labels": list(self.labels), "scores": [round(score, 6) for score in self.scores]}
-
-
-def loss(logits: Tensor, targets: Tensor, *, label_smoothing: float) -> Tensor:
-    """Cross entropy of (B, classes) logits and (B,) class indices, the mean over the batch."""
-    return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
 
 
 def decode(logits: np.ndarray, labels: Sequence[str], top: int = TOP) -> list[Classification]:
