@@ -216,6 +216,18 @@ def evaluate(
     split: Annotated[
         str | None, typer.Option(help="train, val or test; left out: test where there is one, else val.")
     ] = None,
+    image_size: Annotated[
+        str | None, typer.Option(help="Test size in pixels; several, as in 192,224,256, make a row each.")
+    ] = None,
+    crop: Annotated[
+        str | None, typer.Option(help="official (256 to 224), timm, or a number; left out: the file's own.")
+    ] = None,
+    real: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="real.json of ImageNet-ReaL: also count by its labels.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="A folder for the confusion matrix, and the classes one by one.")
+    ] = None,
     weights: Weights = None,
     device: Device = "auto",
     precision: Precision = None,
@@ -234,6 +246,8 @@ def evaluate(
     from nextvit.data.loader import batches, eval_transform
     from nextvit.devices import cpu_count
     from nextvit.evaluate import evaluate as run_evaluation
+    from nextvit.evaluate import prepared_for, real_labels
+    from nextvit.report import evaluation_lines, write_evaluation
     from nextvit.runtime.open import open_session
     from nextvit.runtime.predictor import Predictor
 
@@ -243,24 +257,31 @@ def evaluate(
     predictor = Predictor(session)
     _warn_of_random_weights(model, weights)
     part = read_split(data, split or default_eval_split(data), predictor.labels)
+    accepted = real_labels(real, part) if real is not None else None
+    sizes = _counts("--image-size", image_size) if image_size else [None]
+    records = [prepared_for(predictor.metadata, size, crop) for size in sizes]
     loaders = min(8, cpu_count()) if predictor.session.setup.device.startswith("cuda") else 0
     if predictor.metadata.takes_pixels:
         batch_size = 1  # images of any size do not stack
-    source = batches(part, eval_transform(predictor.metadata), batch_size=batch_size, workers=loaders)
-    result = run_evaluation(predictor.run, source, part, total=-(-len(part) // batch_size))
-    if result.rejected and not allow_bad:
-        raise UserError(
-            f"{len(result.rejected)} of {len(part)} images cannot be read, so there is no figure for all of them: "
-            f"{result.rejected[0][1]} Mend them, or leave them out with --allow-bad."
-        )
-    setup = predictor.session.setup
-    lines = [
-        f"top-1 {_with_error(result)}",
-        f"top-5 {result.metrics.top5:.2f} %, loss {result.metrics.loss:.4f}",
-        f"{result.metrics.images} images of {part.name}, {len(result.rejected)} left out; "
-        f"{setup.runtime}, {setup.device}, {setup.precision}",
-    ]
-    _show({"model": model, "setup": vars(setup), **result.to_dict()}, as_json, lines)
+    results = []
+    for record in records:
+        source = batches(part, eval_transform(record), batch_size=batch_size, workers=loaders)
+        label = f"evaluate at {record.preprocess.image_size}" if len(records) > 1 else "evaluate"
+        total = -(-len(part) // batch_size)
+        result = run_evaluation(predictor.run, source, part, total=total, label=label, real=accepted)
+        if result.rejected and not allow_bad:
+            raise UserError(
+                f"{len(result.rejected)} of {len(part)} images cannot be read, so there is no figure for all of them: "
+                f"{result.rejected[0][1]} Mend them, or leave them out with --allow-bad."
+            )
+        results.append((record.preprocess, result))
+    if output is not None:
+        write_evaluation(results, output)
+    p, first = results[0]
+    told = {"model": model, "setup": vars(predictor.session.setup), "preprocess": vars(p), **first.to_dict()}
+    if len(results) > 1:
+        told["sizes"] = [{"preprocess": vars(p), **result.to_dict()} for p, result in results]
+    _show(told, as_json, evaluation_lines(results, predictor.session.setup))
 
 
 @app.command(epilog="Example: nextvit predict runs/first/model.safetensors photos/ --output answers.jsonl")

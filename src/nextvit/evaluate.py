@@ -1,18 +1,26 @@
 """A task's metrics of anything that maps a batch to outputs, so a checkpoint and an exported file score alike."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
+from nextvit import imagenet
 from nextvit.data.folders import Split
 from nextvit.data.loader import Batch
 from nextvit.errors import UserError
+from nextvit.metadata import Metadata
 from nextvit.metrics import TopK
 from nextvit.processes import ALONE, Processes
 from nextvit.progress import track
 
 Run = Callable[[np.ndarray], np.ndarray]  # float32 (B, 3, H, W), normalised -> (B, classes)
+OFFICIAL_CROP = 0.875  # 256 to 224, 438 to 384: what the authors' figures were measured with
+TIMM_CROPS = {384: 1.0}  # timm's own for the same weights; at other sizes TIMM_CROP
+TIMM_CROP = 0.95
 
 
 @dataclass(frozen=True)
@@ -22,6 +30,12 @@ class Evaluation:
     split: Split
     metrics: TopK
     rejected: tuple[tuple[int, str], ...]  # index, why
+    real: tuple[int, int] | None = None  # images right by ImageNet-ReaL's labels, of so many that have some
+
+    @property
+    def real_top1(self) -> float | None:
+        """Percent (Beyer et al. 2020): the answer is one of the labels that people gave the image."""
+        return None if self.real is None else 100.0 * self.real[0] / max(self.real[1], 1)
 
     def to_dict(self) -> dict[str, object]:
         m = self.metrics
@@ -31,6 +45,8 @@ class Evaluation:
             "top1_standard_error": round(m.standard_error, 4),
             "top5": round(m.top5, 4),
             "loss": round(m.loss, 6),
+            "calibration_error": round(m.calibration_error, 4),
+            **({} if self.real_top1 is None else {"real_top1": round(self.real_top1, 4)}),
             "images": m.images,
             "rejected": [why for _, why in self.rejected],
             "per_class": dict(zip(self.split.labels, m.recalls, strict=True)),
@@ -44,19 +60,72 @@ def evaluate(
     *,
     total: int,
     label: str = "evaluate",
+    real: Sequence[frozenset[int]] | None = None,
     processes: Processes = ALONE,
 ) -> Evaluation:
-    """Run all batches (`total` of them) and count, over all processes. UserError where no image could be read."""
+    """Run all batches (`total` of them) and count, over all processes. UserError where no image could be read.
+
+    real: of every image of the split the classes that count as right, as `real_labels` gives them.
+    """
     metrics = TopK(len(split.labels))
     rejected: list[tuple[int, str]] = []
+    right, judged = 0, 0
     for batch in track(batches, total=total, label=label):
         rejected += batch.rejected
         if len(batch.indices):
-            metrics.update(run(batch.images.numpy()), batch.targets.numpy())
-    metrics.confusion = processes.sum(metrics.confusion)
-    metrics.top5_hits = int(processes.sum(np.array(metrics.top5_hits)))
-    metrics.loss_sum = float(processes.sum(np.array(metrics.loss_sum)))
+            logits = run(batch.images.numpy())
+            metrics.update(logits, batch.targets.numpy())
+            for index, answer in zip(batch.indices.tolist(), logits.argmax(1).tolist(), strict=True):
+                accepted = real[index] if real is not None else frozenset()
+                judged += bool(accepted)
+                right += answer in accepted
+    metrics.merge(processes.sum)
     rejected = [found for part in processes.gather(rejected) for found in part]
     if not metrics.images:
         raise UserError(f"none of the {len(split)} images of {split.name} can be read: {rejected[0][1]}")
-    return Evaluation(split, metrics, tuple(rejected))
+    return Evaluation(split, metrics, tuple(rejected), None if real is None else (right, judged))
+
+
+def prepared_for(metadata: Metadata, image_size: int | None, crop: str | None) -> Metadata:
+    """The record of a file with another test size or crop.
+
+    crop: "official", "timm", or size / short side after resizing as a number; None: the file's own. UserError for a
+    file that prepares its images itself.
+    """
+    p = metadata.preprocess
+    if metadata.takes_pixels and (image_size or crop):
+        raise UserError("this file prepares images itself, at one size; leave out --image-size and --crop.")
+    size = image_size or p.image_size
+    if crop is None:
+        share = p.crop
+    elif crop == "official":
+        share = OFFICIAL_CROP
+    elif crop == "timm":
+        share = TIMM_CROPS.get(size, TIMM_CROP)
+    else:
+        try:
+            share = float(crop)
+        except ValueError as error:
+            raise UserError(f"--crop takes official, timm or a number up to 1, not {crop!r}.") from error
+    return replace(metadata, preprocess=replace(p, image_size=size, crop=share))
+
+
+def real_labels(path: Path, split: Split) -> list[frozenset[int]]:
+    """The labels of ImageNet-ReaL: `real.json` has a list of classes for each image of the validation set, by number.
+
+    Returns those of each image of the split, found by the number in its file name. Raises UserError where the file or
+    the split is something else.
+    """
+    try:
+        lists = [frozenset(map(int, labels)) for labels in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is no real.json: a list of lists of class numbers.") from error
+    if split.labels != imagenet.labels():
+        raise UserError("--real is about ImageNet's 1000 classes, and the model has others.")
+    found = []
+    for file in split.files:
+        number = re.search(r"(\d{8})$", file.stem)
+        if number is None or not 1 <= int(number[1]) <= len(lists):
+            raise UserError(f"{file.name} has no number of ImageNet's validation set, so {path} says nothing about it.")
+        found.append(lists[int(number[1]) - 1])
+    return found

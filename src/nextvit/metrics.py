@@ -1,8 +1,11 @@
 """Numbers from outputs and truth: arrays in, named numbers out."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+
+BINS = 15
 
 
 @dataclass
@@ -13,9 +16,13 @@ class TopK:
     confusion: np.ndarray = field(init=False)  # int64 (classes, classes): rows are the truth, columns the answers
     top5_hits: int = 0
     loss_sum: float = 0.0  # cross entropy, natural logarithm
+    reliability: np.ndarray = field(
+        init=False
+    )  # float64 (BINS, 3): of answers by their probability: how many, sum, right
 
     def __post_init__(self) -> None:
         self.confusion = np.zeros((self.classes, self.classes), np.int64)
+        self.reliability = np.zeros((BINS, 3))
 
     def update(self, logits: np.ndarray, targets: np.ndarray) -> None:
         """logits: float (B, classes); targets: int (B,). Of equal logits the first counts as the greater."""
@@ -24,7 +31,12 @@ class TopK:
         np.add.at(self.confusion, (targets, order[:, 0]), 1)
         self.top5_hits += int((order == targets[:, None]).any(1).sum())
         shifted = logits - logits.max(1, keepdims=True)
-        self.loss_sum += float((np.log(np.exp(shifted).sum(1)) - shifted[np.arange(len(targets)), targets]).sum())
+        total = np.exp(shifted).sum(1)
+        self.loss_sum += float((np.log(total) - shifted[np.arange(len(targets)), targets]).sum())
+        confidence = 1 / total  # the first answer's probability
+        bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
+        values = np.stack([np.ones(len(targets)), confidence, order[:, 0] == targets], axis=1)
+        np.add.at(self.reliability, bins, values)
 
     @property
     def images(self) -> int:
@@ -43,6 +55,20 @@ class TopK:
     @property
     def loss(self) -> float:
         return self.loss_sum / max(self.images, 1)
+
+    @property
+    def calibration_error(self) -> float:
+        """Expected calibration error in percentage points (Guo et al. 2017), over 15 bins of equal width.
+
+        How far the probability of the first answer is from the share of such answers that are right.
+        """
+        count, confidence, right = self.reliability.T
+        return 100.0 * float(np.abs(confidence - right).sum() / max(count.sum(), 1))
+
+    def merge(self, total: Callable[[np.ndarray], np.ndarray]) -> None:
+        """Take the sums over several processes, by a function that adds an array up over all of them."""
+        self.confusion, self.reliability = total(self.confusion), total(self.reliability)
+        self.top5_hits, self.loss_sum = int(total(np.array(self.top5_hits))), float(total(np.array(self.loss_sum)))
 
     @property
     def standard_error(self) -> float:

@@ -16,6 +16,9 @@ from nextvit.evaluate import Evaluation
 from nextvit.exporters.export import ExportReport
 from nextvit.exporters.parity import Parity
 from nextvit.files import write_rows, write_text
+from nextvit.metadata import Preprocess
+from nextvit.metrics import BINS
+from nextvit.runtime.session import Setup
 
 SHOWN = 5  # examples of a finding on a terminal
 
@@ -37,6 +40,75 @@ def write_confusion(result: Evaluation, path: Path, title: str) -> None:
         for label, counts in zip(labels, matrix, strict=True)
     ]
     write_rows(path.with_suffix(".csv"), rows)
+
+
+def evaluation_lines(results: Sequence[tuple[Preprocess, Evaluation]], setup: Setup) -> list[str]:
+    """What an evaluation came to, at one test size or several, for a terminal."""
+    p, first = results[0]
+    m = first.metrics
+    if len(results) > 1:
+        lines = table([_evaluation_row(p, result) for p, result in results])
+    else:
+        lines = [
+            f"top-1 {m.top1:.2f} % (standard error {m.standard_error:.2f}, {m.images} images)",
+            f"top-5 {m.top5:.2f} %, loss {m.loss:.4f}, calibration error {m.calibration_error:.2f} points",
+        ]
+        if first.real is not None:
+            lines.append(
+                f"by ImageNet-ReaL's labels: {first.real_top1:.2f} % of the {first.real[1]} images that have some"
+            )
+    worst = sorted(
+        (recall, label) for label, recall in zip(first.split.labels, m.recalls, strict=True) if recall is not None
+    )
+    if len(worst) > 1:
+        lines.append("least right: " + ", ".join(f"{printable(label)} {recall:.1f} %" for recall, label in worst[:3]))
+    return [
+        *lines,
+        f"{m.images} images of {first.split.name}, {len(first.rejected)} left out; resized to {p.resize_size}, cut to "
+        f"{p.image_size}; {setup.runtime}, {setup.device}, {setup.precision}",
+    ]
+
+
+def _evaluation_row(p: Preprocess, result: Evaluation) -> dict[str, object]:
+    m = result.metrics
+    return {
+        "size": p.image_size,
+        "resized to": p.resize_size,
+        "top-1": f"{m.top1:.2f} %",
+        "standard error": f"{m.standard_error:.2f}",
+        "top-5": f"{m.top5:.2f} %",
+        "loss": f"{m.loss:.4f}",
+        "calibration error": f"{m.calibration_error:.2f}",
+        **({} if result.real_top1 is None else {"ReaL": f"{result.real_top1:.2f} %"}),
+    }
+
+
+def write_evaluation(results: Sequence[tuple[Preprocess, Evaluation]], folder: Path) -> None:
+    """confusion.png and .csv, classes.csv and reliability.csv of the first size; sizes.csv of all."""
+    _, first = results[0]
+    m = first.metrics
+    write_confusion(first, folder / "confusion.png", f"answers on {first.split.name}")
+    images = m.confusion.sum(1)
+    labels = [printable(label) for label in first.split.labels]
+    write_rows(
+        folder / "classes.csv",
+        [
+            {"class": label, "images": int(count), "recall": "" if recall is None else round(recall, 4)}
+            for label, count, recall in zip(labels, images, m.recalls, strict=True)
+        ],
+    )
+    write_rows(
+        folder / "reliability.csv",
+        [
+            {"from": n / BINS, "to": (n + 1) / BINS, "images": int(count), "probability": total, "right": right}
+            for n, (count, total, right) in enumerate(m.reliability)
+        ],
+    )
+    write_rows(folder / "sizes.csv", [{**vars(p), **_figures(result)} for p, result in results])
+
+
+def _figures(result: Evaluation) -> dict[str, object]:
+    return {key: value for key, value in result.to_dict().items() if isinstance(value, int | float)}
 
 
 def latency_records(rows: Sequence[Row]) -> list[dict[str, object]]:
