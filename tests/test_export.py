@@ -147,6 +147,7 @@ def test_stages_show_where_a_file_goes_wrong(tmp_path, monkeypatch):
     assert min(float(after[name]) for name in ("stage 3", "stage 4")) > 1e-4
 
 
+@pytest.mark.fault("K4", "a flipped bit in .onnx, .xml, .bin: found")
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_flipped_bits_and_missing_parts_are_found(ending, tmp_path):
     path = tmp_path / f"m{ending}"

@@ -148,6 +148,36 @@ def test_other_numbers_of_workers_give_the_same_weights(whole, garment_folder, t
     found("bit-identical after stops at steps 4 and 13")
 
 
+@pytest.mark.parametrize("phase", ["train_step", "evaluate", "save"])
+@pytest.mark.fault(
+    "T2", "SIGTERM in a step, in validation, in a save: saved within the step, exit 143; resumed: the same"
+)
+def test_a_signal_in_any_phase_saves_and_resumes_to_the_same_run(
+    phase, whole, garment_folder, tmp_path, monkeypatch, found
+):
+    from nextvit import train as module
+
+    honest, calls = getattr(module, phase), []
+
+    def signalling(*arguments, **named):
+        calls.append(1)
+        if len(calls) == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return honest(*arguments, **named)
+
+    machine = Machine(threads=1, workers=2, deterministic=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, phase, signalling)
+        with pytest.raises(module.Interrupted) as error:
+            train(garment_folder, recipe(), tmp_path / "run", machine=machine)
+    assert error.value.number == signal.SIGTERM
+    state = newest_checkpoint(tmp_path / "run").state
+    assert (state["epoch"], state["step"]) == ((0, 1) if phase == "train_step" else (1, 0))
+    train(garment_folder, recipe(), tmp_path / "run", resume=True, machine=machine)
+    assert_same(tmp_path / "run", whole[0])
+    found(f"in {phase}: saved at epoch {state['epoch']}, step {state['step']}; bit-identical")
+
+
 @pytest.mark.parametrize("fault", ["rate", "weight"])
 @pytest.mark.fault("T5", "stops within 3 steps, exit 2, names step, rate and files; nothing saved is not finite")
 def test_a_number_that_is_not_finite_stops_the_run(fault, garment_folder, tmp_path, monkeypatch, found):

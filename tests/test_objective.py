@@ -1,5 +1,7 @@
 """Labels, class weights and a teacher, against what they are written out."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from nextvit.data.folders import UNLABELLED, read_split, with_unlabelled
 from nextvit.errors import UserError
 from nextvit.objective import Objective, class_weights, objective
 from nextvit.recipe import Distillation, parse_recipe, read_recipe
+from nextvit.teachers import open_teacher
 from nextvit.train import Machine, train
 from nextvit.weights import read_weights, save_weights
 from tests.conftest import fill
@@ -116,10 +119,11 @@ def test_recipes_that_make_no_sense_are_refused(overrides, message):
         parse_recipe("", "test", overrides)
 
 
-def test_a_teacher_that_does_not_know_a_class_is_refused(trained, tmp_path):
-    from nextvit.teachers import open_teacher
-
+def test_a_teacher_that_does_not_know_a_class_is_refused(tmp_path):
+    model = create_model("nextvit_nano", num_classes=1)
+    metadata = replace(model.metadata, labels=("bag",))
+    save_weights(tmp_path / "teacher.safetensors", model.state_dict(), metadata)
     with pytest.raises(UserError, match="does not know the class 'boat'"):
-        open_teacher(str(trained / "model.safetensors"), ["bag", "boat"], torch.device("cpu"))
+        open_teacher(str(tmp_path / "teacher.safetensors"), ["bag", "boat"], torch.device("cpu"))
     with pytest.raises(UserError, match="cannot be had from timm"):
         open_teacher("timm:no_such_network", ["bag"], torch.device("cpu"))

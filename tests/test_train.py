@@ -194,6 +194,7 @@ def test_images_that_cannot_be_read_are_left_out_and_listed(garment_folder, tmp_
         assert [row["file"] for row in csv.DictReader(file)] == [str(path) for path in planted]
 
 
+@pytest.mark.fault("D6", "one class, one image, none: exit 2 before anything is written")
 @pytest.mark.parametrize(
     ("files", "message"),
     [
@@ -214,6 +215,7 @@ def test_data_that_cannot_train_is_refused_before_it_starts(files, message, tmp_
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.fault("T11", "a run that exists is never overwritten")
 def test_an_existing_run_is_never_overwritten_and_other_data_are_refused(trained, garment_folder, tmp_path):
     before = (trained / "last.ckpt").read_bytes()
     done = nextvit_here("train", garment_folder, "--output", trained)
@@ -229,6 +231,7 @@ def test_an_existing_run_is_never_overwritten_and_other_data_are_refused(trained
     assert (trained / "last.ckpt").read_bytes() == before
 
 
+@pytest.mark.fault("T12", "other files or classes on resuming: exit 2, named")
 @pytest.mark.parametrize("change", ["a training image has another name", "a validation image is another", "a class is"])
 def test_resuming_on_data_that_is_not_the_same_is_refused(change, trained, garment_folder, tmp_path):
     data, run = tmp_path / "data", tmp_path / "run"

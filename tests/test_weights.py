@@ -130,6 +130,7 @@ def test_other_input_channels_adapt_the_first_filter_so_that_grey_stays_grey(nan
         torch.testing.assert_close(model.stem[0].conv.weight[:, 0], filters[:, 0] * 3 / channels)
 
 
+@pytest.mark.fault("K7", "missing, unknown, misshapen entries: named, nothing loaded")
 def test_all_that_does_not_fit_is_named_and_nothing_is_loaded(small):
     state = dict(small.state_dict())
     del state["norm.bias"]
@@ -145,6 +146,7 @@ def test_all_that_does_not_fit_is_named_and_nothing_is_loaded(small):
     assert torch.equal(model.norm.weight, before)
 
 
+@pytest.mark.fault("K7", "another variant: exit 2, both are named")
 def test_weights_of_another_variant_are_refused_by_name(nano_file, small, tmp_path):
     with pytest.raises(UserError, match="holds nextvit_nano and nextvit_tiny was asked for"):
         nextvit.create_model("nextvit_tiny", weights=nano_file)
@@ -161,6 +163,7 @@ def test_weights_with_another_pooling_are_refused(tmp_path):
     assert open_checkpoint(tmp_path / "w.safetensors").metadata.kv_pooling == "spatial"
 
 
+@pytest.mark.fault("K7", "weights that are not finite: refused")
 def test_weights_that_are_not_finite_are_refused(nano_file, tmp_path):
     tensors = read_weights(nano_file).tensors
     tensors["norm.weight"][3] = float("nan")
@@ -207,6 +210,7 @@ def _hostile(path, marker, where):
         path.write_bytes(pickle.dumps(payload, protocol=2))
 
 
+@pytest.mark.fault("K5", "hostile pickles: refused, nothing in them runs")
 @pytest.mark.parametrize("where", ["top", "nested", "args", "legacy", "bare pickle"])
 def test_a_hostile_pickle_is_refused_and_nothing_in_it_runs(where, tmp_path):
     path, marker = tmp_path / "evil.pth", tmp_path / "ran"
@@ -263,6 +267,7 @@ def test_a_damaged_file_is_one_sentence(kind, nano_file, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.fault("K4", "a flipped bit in our .safetensors: found each time")
 def test_every_flipped_bit_of_our_files_is_found(nano_file):
     good = nano_file.read_bytes()
     header = int.from_bytes(good[:8], "little")
@@ -277,6 +282,7 @@ def test_every_flipped_bit_of_our_files_is_found(nano_file):
     nextvit.create_model("nextvit_nano", weights=nano_file)
 
 
+@pytest.mark.fault("K4", "a flipped bit in a .pth: found")
 def test_a_flipped_bit_in_a_pth_is_found(tmp_path):
     path = tmp_path / "w.pth"
     torch.save({"stem.0.conv.weight": torch.randn(4000)}, path)
@@ -288,6 +294,7 @@ def test_a_flipped_bit_in_a_pth_is_found(tmp_path):
         read_weights(path)
 
 
+@pytest.mark.fault("K6", "mutated files: a sentence, or the right names and shapes")
 @pytest.mark.parametrize("kind", ["pth", "safetensors"])
 def test_3000_random_mutations_never_do_more_than_refuse(kind, tmp_path):
     """Bytes overwritten at random: a typed error, or the tensors as they were; never others, never another error."""
