@@ -14,7 +14,7 @@ from nextvit.errors import UserError
 from nextvit.exporters.parity import real_images
 from nextvit.metadata import Metadata, Preprocess
 from nextvit.runtime.session import Setup
-from tests.conftest import fill, nextvit_here
+from tests.conftest import fill, nextvit, nextvit_here
 
 
 class Clock:
@@ -108,7 +108,7 @@ def test_a_row_for_each_batch_is_compared_image_by_image(clock):
 
 def test_the_command_prints_a_row_for_each_runtime_with_threads_and_precision(tmp_path):
     output = tmp_path / "b.csv"
-    done = nextvit_here(
+    done = nextvit(
         "benchmark", "nextvit_nano", "--runtimes", "eager,folded,onnx,openvino",
         "--image-size", 64, "--rounds", 8, "--threads", 1, "--output", output,
     )  # fmt: skip
