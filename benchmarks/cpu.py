@@ -35,10 +35,11 @@ from nextvit.exporters.parity import real_images
 from nextvit.metadata import Metadata, Preprocess
 from nextvit.report import latency_lines, write_latency
 from nextvit.runtime.open import open_session
+from nextvit.runtime.openvino_session import core
 from nextvit.runtime.session import Session, Setup
 
 PEERS = {"nextvit_nano": "resnet18", "nextvit_tiny": "resnet18", "nextvit_large": "resnet152"}  # others: resnet101
-CORE = ov.Core()
+CORE = core()
 BF16 = "BF16" in CORE.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 PRECISIONS = ("fp32", "bf16", "int8") if BF16 else ("fp32", "int8")
 

@@ -378,11 +378,11 @@ def test_a_predictor_takes_paths_pil_images_and_arrays_alike(trained, garment_fo
 
 
 def test_precision_is_set_explicitly_or_refused(tmp_path):
-    import openvino
+    from nextvit.runtime.openvino_session import core
 
     nextvit.export(fill(nextvit.create_model("nextvit_nano", num_classes=4)), tmp_path / "m.xml")
     assert nextvit.load(tmp_path / "m.xml").session.setup.precision == "fp32"
-    able = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    able = "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if able:
         assert nextvit.load(tmp_path / "m.xml", precision="bf16").session.setup.precision == "bf16"
     else:

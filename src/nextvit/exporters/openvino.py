@@ -11,7 +11,7 @@ from nextvit.exporters.quantization import Int8, Plan, nncf_plans, quantize
 from nextvit.extras import need
 from nextvit.files import OPEN_SEAL, close_seal
 from nextvit.metadata import Metadata
-from nextvit.runtime.openvino_session import METADATA_KEY, insist_on
+from nextvit.runtime.openvino_session import METADATA_KEY, core, insist_on
 
 
 def write(job: Job) -> Written:
@@ -23,13 +23,12 @@ def write(job: Job) -> Written:
     ov = need("openvino", extra="openvino")
     if job.metadata.precision == "bf16":
         insist_on("bf16")  # else it could not be checked
-    core = ov.Core()
-    ir = core.read_model(onnx_graph(job).SerializeToString())
+    ir = core().read_model(onnx_graph(job).SerializeToString())
     if job.calibration is not None:
         _make_group_weights_constant(ir, ov)
         ir = quantize(ir, job.calibration, _forward, job.plan)
     if job.metadata.takes_pixels:
-        ir = _behind(core.read_model(preprocessing_graph(job).SerializeToString()), ir, ov)
+        ir = _behind(core().read_model(preprocessing_graph(job).SerializeToString()), ir, ov)
     ir.set_rt_info(job.metadata.to_json(), [METADATA_KEY, "metadata"])
     ir.set_rt_info(OPEN_SEAL, [METADATA_KEY, "sha256"])
     ov.save_model(ir, job.path, compress_to_fp16=job.metadata.precision == "fp16")
@@ -75,14 +74,12 @@ def float_layers(path: Path, plan: Plan) -> list[str]:
 
 def layers_run(path: Path) -> list[tuple[str, str, str]]:
     """(layer, kind, kernel) of every node that OpenVINO's CPU plugin runs at the file's own size."""
-    ov = need("openvino", extra="openvino")
-    core = ov.Core()
-    model = core.read_model(path)
+    model = core().read_model(path)
     if model.is_dynamic():
         metadata = Metadata.from_json(model.get_rt_info([METADATA_KEY, "metadata"]).value, str(path))
         side = metadata.preprocess.image_size
         model.reshape(list(metadata.input_shape(1, side, side)))
-    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     notes = [(node.get_friendly_name(), node.get_rt_info()) for node in compiled.get_runtime_model().get_ops()]
     return [(name, info["layerType"].astype(str), info["primitiveType"].astype(str)) for name, info in notes]
 

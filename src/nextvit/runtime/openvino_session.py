@@ -2,6 +2,7 @@
 
 import os
 from collections import OrderedDict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,19 @@ CAPABILITIES = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16"}
 KEPT = 4  # compiled sizes
 
 
+@cache
+def core() -> Any:
+    """The one core of the process, which is never given up.
+
+    Each has a signal stack that it puts in the place of the one before; of three cores that go in the order in which
+    they came, the last restores one that is gone (OpenVINO 2026.4), and the next signal kills the process.
+    """
+    return need("openvino", extra="openvino").Core()
+
+
 def computed_in() -> list[str]:
     """Precisions that this CPU has, by OpenVINO's word."""
-    ov = need("openvino", extra="openvino")
-    there = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    there = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return [precision for precision, name in CAPABILITIES.items() if name in there]
 
 
@@ -48,15 +58,13 @@ class OpenVINOSession:
         ov = need("openvino", extra="openvino")
         insist_on_cpu(device, "OpenVINO files")
         sealed = check_seal(path)
-        self._core = ov.Core()
-        if cache := os.environ.get("NEXTVIT_OPENVINO_CACHE"):
+        if kept := os.environ.get("NEXTVIT_OPENVINO_CACHE"):
             try:
-                Path(cache).mkdir(parents=True, exist_ok=True)
+                Path(kept).mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise UserError(f"NEXTVIT_OPENVINO_CACHE is {cache}: {error.strerror}; name a folder.") from error
-            self._core.set_property({"CACHE_DIR": cache})
+                raise UserError(f"NEXTVIT_OPENVINO_CACHE is {kept}: {error.strerror}; name a folder.") from error
         try:
-            self._model = self._core.read_model(path)
+            self._model = core().read_model(path)
             known = self._model.has_rt_info([METADATA_KEY])
             notes = self._model.get_rt_info([METADATA_KEY, "metadata"]).value if known else None
         except RuntimeError as error:
@@ -71,6 +79,7 @@ class OpenVINOSession:
             "INFERENCE_PRECISION_HINT": HINTS[float_part],
             "INFERENCE_NUM_THREADS": threads or cpu_count(),
             "PERFORMANCE_HINT": hint.upper(),
+            "CACHE_DIR": kept or "",
         }
         self._free = self._model.is_dynamic()  # asked once: it looks at every node
         shape = self._model.input(0).get_partial_shape()
@@ -119,7 +128,7 @@ class OpenVINOSession:
         if self._free:
             model = model.clone()
             model.reshape(list(shape))
-        compiled = self._core.compile_model(model, "CPU", self._config)
+        compiled = core().compile_model(model, "CPU", self._config)
         streams = 1 if self._config["PERFORMANCE_HINT"] == "LATENCY" else compiled.get_property("NUM_STREAMS")
         self._kept[shape] = [compiled.create_infer_request() for _ in range(self._streams or max(1, streams))]
         if len(self._kept) > KEPT:
