@@ -9,12 +9,21 @@ import torch
 from PIL import Image
 from timm.data import auto_augment, mixup, random_erasing
 
-from nextvit.augmentation import Normalise, draw_mixing, erase, erasing_box, mix, sample_transform, smoothed
+from nextvit.augmentation import (
+    Normalise,
+    draw_mixing,
+    erase,
+    erasing_box,
+    mix,
+    randaugment,
+    sample_transform,
+    smoothed,
+)
 from nextvit.data.demo_images import garments
-from nextvit.data.folders import read_split
 from nextvit.data.images import normalise
 from nextvit.data.loader import batches
 from nextvit.data.seeds import generator, seeded
+from nextvit.data.sets import read_split
 from nextvit.metadata import Preprocess
 from nextvit.recipe import Images, Mixing
 
@@ -109,9 +118,7 @@ def test_randaugment_is_timm_s_and_takes_every_operation():
     """Whole, from the same seed, on a photograph-like image; Pillow's refusal of no bits at all is mended."""
     rng = np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(0, 256, (48, 40, 3), dtype=np.uint8))
-    own = sample_transform(
-        Images(size=32, crop_area=1.0, crop_aspect=1.0, flip=0, randaugment="rand-m9-mstd0.5-inc1"), Preprocess(32)
-    )
+    own = randaugment(Images(size=32, randaugment="rand-m9-mstd0.5-inc1"))
     square = picture.resize((32, 32))
     theirs = auto_augment.rand_augment_transform(
         "rand-m9-mstd0.5-inc1", {"img_mean": (124, 116, 104), "interpolation": Image.BICUBIC}
@@ -121,7 +128,7 @@ def test_randaugment_is_timm_s_and_takes_every_operation():
     refused = same = 0
     for seed in range(400):
         with seeded(seed):
-            found = own.transforms[-2](square)
+            found = own(square)
         with seeded(seed):
             try:
                 expected = theirs(square)

@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 
 from nextvit.data.check import check
-from nextvit.data.folders import read_split, read_splits
+from nextvit.data.sets import read_split, read_splits
 from nextvit.errors import UserError
 from nextvit.recipe import read_recipe
-from nextvit.train import Machine, train
+from nextvit.run import Machine
+from nextvit.train import train
 from tests.conftest import nextvit_here
 
 

@@ -11,9 +11,9 @@ from PIL import Image
 
 from nextvit import imagenet
 from nextvit.data.demo_images import demo_folder, garments
-from nextvit.data.folders import read_split
 from nextvit.data.images import ImageRejected, preprocess, read_image
 from nextvit.data.loader import batches, eval_transform
+from nextvit.data.sets import read_split
 from nextvit.data.sources import expand
 from nextvit.errors import UserError
 from nextvit.exporters.parity import real_images

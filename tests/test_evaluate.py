@@ -10,7 +10,7 @@ from PIL import Image
 
 from nextvit import imagenet
 from nextvit.create import create_model
-from nextvit.data.folders import read_split
+from nextvit.data.sets import read_split
 from nextvit.errors import UserError
 from nextvit.evaluate import prepared_for, real_labels
 from nextvit.metadata import Metadata

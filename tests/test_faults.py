@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -25,7 +26,8 @@ from nextvit.checkpoints import Position, newest_checkpoint, save_checkpoint
 from nextvit.errors import Diverged, UserError
 from nextvit.metadata import Metadata
 from nextvit.recipe import Recipe, read_recipe
-from nextvit.train import Machine, train
+from nextvit.run import Machine
+from nextvit.train import train
 from nextvit.weights import read_weights
 from tests.conftest import nextvit_here
 
@@ -207,32 +209,59 @@ def test_a_number_that_is_not_finite_stops_the_run(fault, garment_folder, tmp_pa
     found(f"{fault}: {str(error.value).partition(', on')[0]}")
 
 
-@pytest.mark.fault("T6", "a loading process is killed: one sentence, exit 1, within 15 s, the checkpoint loads")
-def test_a_killed_loading_process_is_a_sentence(garment_folder, tmp_path, found):
+def train_with(step: str, *arguments: object) -> subprocess.CompletedProcess:
+    """`nextvit train` in a process of its own, with these lines before each training step; `steps` counts them."""
     script = (
-        "import os, signal, sys, threading, time\n"
+        "import multiprocessing, os, resource, signal, sys, time\n"
         "from nextvit import train as module\n"
         "from nextvit.cli import main\n"
         "honest, steps = module.train_step, []\n"
         "def step(*a):\n"
         "    steps.append(1)\n"
-        "    if len(steps) == 8:\n"
-        "        import multiprocessing\n"
-        "        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)\n"
-        "    time.sleep(0.3 * (len(steps) >= 8))\n"
+        f"{textwrap.indent(step, '    ')}\n"
         "    return honest(*a)\n"
         "module.train_step = step\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
+    command = [sys.executable, "-c", script, "train", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.fault("T6", "a loading process is killed: one sentence, exit 1, within 15 s, the checkpoint loads")
+def test_a_killed_loading_process_is_a_sentence(garment_folder, tmp_path, found):
+    kill = (
+        "if len(steps) == 8:\n"
+        "    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)\n"
+        "time.sleep(0.3 * (len(steps) >= 8))"
+    )
     flags = [flag for value in RECIPE for flag in ("--set", value)]
     run = tmp_path / "run"
-    command = [sys.executable, "-c", script, "train", str(garment_folder), "--output", str(run), "--workers", "1"]
-    done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=120)
+    done = train_with(kill, garment_folder, "--output", run, "--workers", 1, *flags)
     assert done.returncode == 1, done.stderr
     last = done.stderr.splitlines()[-1]
     assert "it loaded images; go on with --resume" in last
     assert newest_checkpoint(run).state["epoch"] >= 1
     found(last[:90])
+
+
+@pytest.mark.fault("T3", "a second SIGINT quits at once: exit 130, the older checkpoint loads")
+def test_a_second_signal_ends_the_process_at_once(garment_folder, tmp_path, found):
+    twice = (
+        "if len(steps) == 8:\n"
+        "    signal.raise_signal(signal.SIGINT)\n"
+        "    time.sleep(0.1)\n"
+        "    signal.raise_signal(signal.SIGINT)\n"
+        "    time.sleep(60)"
+    )
+    flags = [flag for value in RECIPE for flag in ("--set", value)]
+    run = tmp_path / "run"
+    begun = time.monotonic()
+    done = train_with(twice, garment_folder, "--output", run, "--workers", 0, *flags)
+    assert done.returncode == 130, done.stderr
+    assert time.monotonic() - begun < 60
+    state = newest_checkpoint(run).state
+    assert (state["epoch"], state["step"]) == (1, 0)
+    found("exit 130; the checkpoint of the epoch before loads")
 
 
 @pytest.mark.fault("T7", "shared memory too small: falls back to no workers and says so, or exit 2")
@@ -248,21 +277,12 @@ def test_little_shared_memory_is_told(monkeypatch, capsys, found):
 
 @pytest.mark.fault("T8", "memory too short: a sentence with the batch and the size to try, exit 1")
 def test_too_little_memory_is_a_sentence(garment_folder, tmp_path, found):
-    script = (
-        "import resource, sys\n"
-        "from nextvit import train as module\n"
-        "from nextvit.cli import main\n"
-        "honest = module.train_step\n"
-        "def step(*a):\n"
-        "    now = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
-        "    resource.setrlimit(resource.RLIMIT_AS, (now + 2 * 10**7, now + 2 * 10**7))\n"
-        "    return honest(*a)\n"
-        "module.train_step = step\n"
-        "sys.exit(main(sys.argv[1:]))\n"
+    shrink = (
+        "now = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (now + 2 * 10**7, now + 2 * 10**7))"
     )
-    command = [sys.executable, "-c", script, "train", str(garment_folder), "--output", str(tmp_path / "run")]
-    flags = ["--workers", "0", "--batch-size", "48", "--image-size", "224", "--threads", "1"]
-    done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=120)
+    flags = ["--workers", 0, "--batch-size", 48, "--image-size", 224, "--threads", 1]
+    done = train_with(shrink, garment_folder, "--output", tmp_path / "run", *flags)
     assert done.returncode == 1, done.stderr
     last = done.stderr.splitlines()[-1]
     assert "48 images of 224 pixels" in last

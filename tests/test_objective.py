@@ -9,12 +9,14 @@ from torch import Tensor
 
 from nextvit.augmentation import smoothed
 from nextvit.create import create_model
-from nextvit.data.folders import UNLABELLED, read_split, with_unlabelled
+from nextvit.data.sets import read_split
+from nextvit.data.split import UNLABELLED, with_unlabelled
 from nextvit.errors import UserError
 from nextvit.objective import Objective, class_weights, objective
 from nextvit.recipe import Distillation, parse_recipe, read_recipe
+from nextvit.run import Machine
 from nextvit.teachers import open_teacher
-from nextvit.train import Machine, train
+from nextvit.train import train
 from nextvit.weights import read_weights, save_weights
 from tests.conftest import fill
 

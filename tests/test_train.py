@@ -19,7 +19,8 @@ from PIL import Image
 from nextvit.create import open_checkpoint
 from nextvit.errors import Diverged, UserError
 from nextvit.recipe import Recipe, parse_recipe, read_recipe
-from nextvit.train import Machine, train
+from nextvit.run import Machine
+from nextvit.train import train
 from nextvit.weights import read_weights, save_weights
 from tests.conftest import nextvit, nextvit_here
 

@@ -37,6 +37,10 @@ Weights = Annotated[
     typer.Option(help="With a variant's name: a weight file, a published tag such as in1k, or hf-hub:org/name."),
 ]
 Output = Annotated[Path | None, typer.Option(help="Where to write.")]
+RecipeName = Annotated[
+    str,
+    typer.Option(help="default, demo, distill, finetune, in1k_300e, in1k_300e_paper, in1k_384, or a YAML file."),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; left out: the runtime's own choice.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
@@ -80,7 +84,10 @@ def train(
         str, typer.Argument(metavar="DATA", help="A folder with train/ and val/, or of classes; or `demo`.")
     ],
     model: Annotated[str | None, typer.Option(help="The variant; left out: the recipe's own.")] = None,
-    recipe: Annotated[str, typer.Option(help="A shipped recipe (default, demo) or a YAML file.")] = "default",
+    recipe: Annotated[
+        str,
+        typer.Option(help="default, demo, distill, finetune, in1k_300e, in1k_300e_paper, in1k_384, or a YAML file."),
+    ] = "default",
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the images.")] = None,
     weights: Annotated[
         str | None,
@@ -130,7 +137,7 @@ def train(
         need(library, extra="train")  # now, not after hours of training
     from nextvit.recipe import parse_recipe, read_recipe
     from nextvit.report import write_run_plots
-    from nextvit.train import Machine, new_run_folder
+    from nextvit.run import Machine, new_run_folder
     from nextvit.train import train as run_training
 
     flags = {
@@ -198,7 +205,7 @@ def data_check(
     from dataclasses import asdict
 
     from nextvit.data.check import check
-    from nextvit.data.folders import read_splits
+    from nextvit.data.sets import read_splits
     from nextvit.report import check_lines, write_check
 
     found = check(read_splits(data))
@@ -207,6 +214,52 @@ def data_check(
     _show({**asdict(found), "serious": found.serious}, as_json, check_lines(found))
     if strict and found.serious:
         raise UserError(f"{data} is not fit to train on as it is; each finding says why.")
+
+
+@data_app.command(name="pack", epilog="Example: nextvit data pack photos --output photos-shards")
+def data_pack(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A folder as `train` takes it, or `demo`.")],
+    output: Annotated[
+        str, typer.Option(metavar="PLACE", help="A new folder, or a URL that fsspec knows, such as s3://bucket/name.")
+    ],
+    shard_size: Annotated[int, typer.Option(min=1, help="MB in a shard.")] = 256,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write the images as they are into WebDataset shards, which every verb takes as DATA."""
+    from nextvit.data.sets import read_splits
+    from nextvit.data.shards import pack
+
+    counts = pack(read_splits(data), output, shard_mb=shard_size)
+    _show({"output": output, "images": counts}, as_json, [*_counted(counts), f"next: nextvit train {output}"])
+
+
+@data_app.command(name="index", epilog="Example: nextvit data index s3://bucket/shards")
+def data_index(
+    data: Annotated[str, typer.Argument(metavar="PLACE", help="A folder of .tar files, or a URL that fsspec knows.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make WebDataset shards that others packed readable: writes index.json beside them."""
+    from nextvit.data.shards import write_index
+
+    counts = write_index(data)
+    _show({"index": data, "images": counts}, as_json, [*_counted(counts), f"next: nextvit train {data}"])
+
+
+@data_app.command(name="get", epilog="Example: nextvit data get flowers102 --output flowers102")
+def data_get(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="imagenette, flowers102 or pets.")],
+    output: Annotated[Path | None, typer.Option(help="A new folder; left out: named as the set.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Fetch a public set of images and lay it out as `train` takes it."""
+    from nextvit.data.public import fetch
+
+    folder = output or Path(name)
+    counts = fetch(name, folder)
+    _show({"output": str(folder), "images": counts}, as_json, [*_counted(counts), f"next: nextvit train {folder}"])
 
 
 @app.command(name="eval", epilog="Example: nextvit eval runs/first/model.safetensors demo")
@@ -242,8 +295,8 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Top-1 and top-5 accuracy of a checkpoint or an exported file."""
-    from nextvit.data.folders import default_eval_split, read_split
     from nextvit.data.loader import batches, eval_transform
+    from nextvit.data.sets import default_eval_split, read_split
     from nextvit.devices import cpu_count
     from nextvit.evaluate import evaluate as run_evaluation
     from nextvit.evaluate import prepared_for, real_labels
@@ -414,9 +467,11 @@ def export(
 @app.command(epilog="Example: nextvit benchmark nextvit_nano --runtimes eager,folded,onnx,openvino --image-size 224")
 def benchmark(
     model: Annotated[
-        list[str],
-        typer.Argument(metavar="MODEL...", help="Variants, checkpoints, exported files; all is compared to the first."),
-    ],
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL...]", help="Variants, checkpoints, exported files; all is compared to the first."
+        ),
+    ] = None,
     runtimes: Annotated[
         str,
         typer.Option(
@@ -447,6 +502,14 @@ def benchmark(
         list[str] | None,
         typer.Option(metavar="SOURCE", help="Also where the time of an image goes, on these files; may be repeated."),
     ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="DATA", help="Instead of models: how fast `train` would get the images of DATA."),
+    ] = None,
+    recipe: RecipeName = "default",
+    workers: Annotated[
+        str | None, typer.Option(help="With --data: loading processes; left out: 0, 1 and one for each core.")
+    ] = None,
     seed: Seed = None,
     output: Annotated[Path | None, typer.Option(help="FILE.csv; a plot is drawn beside it.")] = None,
     trust: Trust = False,
@@ -454,6 +517,13 @@ def benchmark(
     debug: Debug = False,
 ) -> None:
     """Latency, throughput and memory of models, runtimes and precisions side by side, in one interleaved run."""
+    if data is not None:
+        if model:
+            raise UserError("--data measures how images are loaded, without a model; leave the models out.")
+        _benchmark_loading(data, recipe, workers, image_size, rounds, output, as_json)
+        return
+    if not model:
+        raise UserError("give a model to measure, or --data to measure how images are loaded.")
     from nextvit.benchmark import benchmark as run_benchmark
     from nextvit.candidates import open_candidates, with_footprints, with_pipelines
     from nextvit.data.sources import expand
@@ -485,6 +555,26 @@ def benchmark(
         write_latency(rows, output)
 
 
+def _benchmark_loading(
+    data: str, name: str, workers: str | None, image_size: int | None, rounds: int, output: Path | None, as_json: bool
+) -> None:
+    from nextvit.data.sets import read_split
+    from nextvit.devices import cpu_count
+    from nextvit.loading import measure_loading, measure_parts
+    from nextvit.recipe import read_recipe
+    from nextvit.report import loading_lines, write_loading
+
+    recipe = read_recipe(name, values={} if image_size is None else {"images.size": image_size})
+    split = read_split(data, "train")
+    counts = _counts("--workers", workers, least=0) if workers else sorted({0, 1, cpu_count()})
+    parts = measure_parts(split, recipe)
+    rows = measure_loading(split, recipe, workers=counts, rounds=rounds)
+    shown = {"images": len(split), "recipe": name, "image_size": recipe.images.size, "parts": vars(parts)}
+    _show({**shown, "rows": [row.to_dict() for row in rows]}, as_json, loading_lines(rows, parts, recipe, rounds))
+    if output is not None:
+        write_loading(rows, output)
+
+
 # ---- what the verbs share --------------------------------------------------------------------------------------------
 
 
@@ -495,12 +585,16 @@ def _warn_of_random_weights(model: str, weights: str | None) -> None:
         print(f"warning: {model} has random weights here; give a checkpoint, or --weights.", file=sys.stderr)
 
 
-def _counts(flag: str, text: str) -> list[int]:
-    """Whole numbers from 1, with commas between them."""
+def _counts(flag: str, text: str, *, least: int = 1) -> list[int]:
+    """Whole numbers, with commas between them."""
     parts = text.split(",")
-    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise UserError(f"{flag} takes whole numbers from 1, with commas between them, not {text!r}.")
+    if not all(part.strip().isdecimal() and int(part) >= least for part in parts):
+        raise UserError(f"{flag} takes whole numbers from {least}, with commas between them, not {text!r}.")
     return [int(part) for part in parts]
+
+
+def _counted(counts: dict[str, int]) -> list[str]:
+    return [f"{name}: {count} images" for name, count in counts.items()]
 
 
 def _with_error(result: Any) -> str:

@@ -16,9 +16,10 @@ from torch import nn
 from nextvit import __version__, plots, report
 from nextvit.benchmark import Row, benchmark
 from nextvit.create import open_checkpoint
-from nextvit.data.folders import Split, read_split
 from nextvit.data.images import read_image
 from nextvit.data.loader import batches, eval_transform
+from nextvit.data.sets import read_split
+from nextvit.data.split import Split
 from nextvit.devices import cpu_count
 from nextvit.errors import exit_code
 from nextvit.evaluate import Evaluation, evaluate
@@ -26,11 +27,12 @@ from nextvit.exporters.export import ExportReport, export
 from nextvit.metrics import TopK
 from nextvit.progress import say
 from nextvit.recipe import read_recipe
+from nextvit.run import Machine
 from nextvit.runtime.open import open_session
 from nextvit.runtime.predictor import Predictor
 from nextvit.runtime.session import Session
 from nextvit.runtime.torch_session import TorchSession
-from nextvit.train import Machine, train
+from nextvit.train import train
 
 SHOWN = 32  # sample predictions
 

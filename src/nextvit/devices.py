@@ -44,7 +44,7 @@ def pick_precision(name: str, device: torch.device) -> Precision:
     if name == "auto":
         name = fast[1] if device.type == "cuda" else "fp32"
     if device.type == "cuda":  # fp32 means fp32; torch would take TF32 for convolutions, 10 bits of mantissa
-        torch.backends.fp32_precision = "ieee"  # type: ignore[attr-defined]
+        torch.backends.fp32_precision = "ieee"  # type: ignore[attr-defined]  # torch sets it up at run time
     if name not in fast:
         raise NotHere(f"{device.type} here does not compute in {name}; take one of {', '.join(fast)}.")
     return fast[fast.index(name)]

@@ -53,7 +53,7 @@ def exit_code(run: Callable[[], object], *, debug: bool) -> int:
     try:
         code = run()
         return code if isinstance(code, int) else 0
-    except Exception as error:
+    except Exception as error:  # whatever a library raised: a person gets a sentence, not a traceback
         if debug:
             traceback.print_exc()
         if isinstance(error, Interrupted):

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from nextvit import imagenet
-from nextvit.data.folders import Split
 from nextvit.data.loader import Batch
+from nextvit.data.split import Split
 from nextvit.errors import UserError
 from nextvit.metadata import Metadata
 from nextvit.metrics import TopK

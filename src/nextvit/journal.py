@@ -10,6 +10,7 @@ from typing import Any
 from nextvit.checkpoints import Epoch, Position
 from nextvit.errors import UserError
 from nextvit.extras import need
+from nextvit.files import write_text
 from nextvit.processes import Processes
 from nextvit.recipe import Recipe, to_dict
 
@@ -68,7 +69,11 @@ def _tensorboard(folder: Path, position: Position) -> Iterator[Write]:
 @contextmanager
 def _wandb(folder: Path, recipe: dict[str, Any]) -> Iterator[Write]:
     wandb = need("wandb", extra="wandb")
-    run = wandb.init(project="nextvit", name=folder.name, id=folder.name, dir=folder, config=recipe, resume="allow")
+    note = folder / "wandb.id"  # two run folders may have one name, and a resumed run goes on under its own
+    if not note.exists():
+        write_text(note, wandb.util.generate_id())
+    number = note.read_text(encoding="utf-8")
+    run = wandb.init(project="nextvit", name=folder.name, id=number, dir=folder, config=recipe, resume="allow")
     try:
         yield lambda numbers, step: run.log(numbers, step=step)
     finally:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nextvit.augmentation import smoothed
-from nextvit.data.folders import UNLABELLED, Split
+from nextvit.data.split import UNLABELLED, Split
 from nextvit.recipe import Distillation, Recipe
 from nextvit.teachers import open_teacher
 

@@ -48,7 +48,7 @@ def freeze(model: NextViT, stages: int) -> list[nn.Module]:
 
 def learning_rate(done: float, epochs: int, recipe: Recipe) -> float:
     """The rate at a point of a run of `epochs` epochs, after `done` of them."""
-    s, peak = recipe.schedule, recipe.optimizer.lr
+    s, peak = recipe.schedule, recipe.optimizer.peak
     released = s.kind == "cosine_released"  # the authors' runs: by whole epochs, one of them late
     done = max(0.0, math.floor(done) - 1) if released else done
     warmup = min(s.warmup_epochs, 0.5 * epochs)  # of a short run at most half

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -10,6 +10,9 @@ from PIL import Image
 from nextvit.benchmark import CONFIDENCE, Row
 from nextvit.extras import need
 from nextvit.files import replacing
+
+if TYPE_CHECKING:  # it needs the libraries that training needs
+    from nextvit.loading import Loading
 
 BLUE, ORANGE, GREY, RED = "#1f5fa8", "#e07b28", "#8a8f98", "#c0392b"
 
@@ -72,13 +75,6 @@ def confusion(matrix: np.ndarray, labels: Sequence[str], title: str, path: Path)
 
 def latency(rows: Sequence[Row], path: Path) -> None:
     """A bar a row: the median, with the middle half of the rounds as a whisker."""
-    figure = _figure(9.5, 0.55 * len(rows) + 1.4)
-    axes = figure.subplots()
-    medians = [row.median_ms / row.batch for row in rows]
-    whiskers = [[(r.median_ms - r.p25_ms) / r.batch for r in rows], [(r.p75_ms - r.median_ms) / r.batch for r in rows]]
-    fastest = min(medians)
-    colours = [ORANGE if value == fastest else BLUE for value in medians]
-    axes.barh(range(len(rows)), medians, xerr=whiskers, color=colours, ecolor=GREY, capsize=3, height=0.6)
     several = len({row.model for row in rows}) > 1
     batches, threads = {row.batch for row in rows}, {row.setup.threads for row in rows}
     names = [
@@ -88,17 +84,52 @@ def latency(rows: Sequence[Row], path: Path) -> None:
         + f", {row.setup.threads} threads" * (len(threads) > 1)
         for row in rows
     ]
-    axes.set_yticks(range(len(rows)), names, size=8 if several else 10)
-    axes.invert_yaxis()
-    for index, row in enumerate(rows):
-        error = f" [{row.ratio_low:.2f}, {row.ratio_high:.2f}]" if index else ""
-        text = f"{row.median_ms / row.batch:.2f} ms   x {row.ratio:.2f}{error}"
-        axes.annotate(text, (row.p75_ms / row.batch, index), (6, 0), textcoords="offset points", va="center", size=9)
+    spreads = [(row.p25_ms / row.batch, row.median_ms / row.batch, row.p75_ms / row.batch) for row in rows]
+    notes = [f"{median:.2f} ms   x {row.ratio:.2f}" for row, (_, median, _) in zip(rows, spreads, strict=True)]
+    notes = [note + _interval(row) * bool(i) for i, (note, row) in enumerate(zip(notes, rows, strict=True))]
     first = rows[0]
-    axes.set_xlim(right=max(row.p75_ms / row.batch for row in rows) * 1.6)
     fixed = f", batch {first.batch}" * (len(batches) == 1) + f", {first.setup.threads} threads" * (len(threads) == 1)
     told = f"ms for an image of {first.image_size} px{fixed}; ratio to the first row with its {CONFIDENCE:.0%} interval"
-    axes.set(xlabel=told)
+    best = min(range(len(rows)), key=lambda i: spreads[i][1])
+    _bars(names, spreads, notes, told, path, best=best, small=several)
+
+
+def loading(rows: "Sequence[Loading]", path: Path) -> None:
+    """The same of how fast images are loaded."""
+    names = [f"{row.workers} loading processes" if row.workers else "the training process itself" for row in rows]
+    spreads = [(row.p25, row.images_per_s, row.p75) for row in rows]
+    notes = [f"{row.images_per_s:.0f}   x {row.ratio:.2f}" + _interval(row) * bool(i) for i, row in enumerate(rows)]
+    told = f"images a second; ratio to the first row with its {CONFIDENCE:.0%} interval"
+    _bars(names, spreads, notes, told, path, best=max(range(len(rows)), key=lambda i: spreads[i][1]))
+
+
+def _interval(row: "Row | Loading") -> str:
+    return f" [{row.ratio_low:.2f}, {row.ratio_high:.2f}]"
+
+
+def _bars(
+    names: Sequence[str],
+    spreads: Sequence[tuple[float, float, float]],
+    notes: Sequence[str],
+    label: str,
+    path: Path,
+    *,
+    best: int,
+    small: bool = False,
+) -> None:
+    """Horizontal bars of medians; spreads: lower quartile, median, upper quartile of each; `best` stands out."""
+    figure = _figure(9.5, 0.55 * len(names) + 1.4)
+    axes = figure.subplots()
+    low, medians, high = zip(*spreads, strict=True)
+    whiskers = [np.subtract(medians, low), np.subtract(high, medians)]
+    colours = [ORANGE if index == best else BLUE for index in range(len(names))]
+    axes.barh(range(len(names)), medians, xerr=whiskers, color=colours, ecolor=GREY, capsize=3, height=0.6)
+    axes.set_yticks(range(len(names)), names, size=8 if small else 10)
+    axes.invert_yaxis()
+    for index, note in enumerate(notes):
+        axes.annotate(note, (high[index], index), (6, 0), textcoords="offset points", va="center", size=9)
+    axes.set_xlim(right=max(high) * 1.6)
+    axes.set(xlabel=label)
     axes.xaxis.label.set_size(9)
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)

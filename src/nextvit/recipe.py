@@ -25,11 +25,18 @@ Count = Annotated[int, Field(ge=1)]
 class Optimizer:
     """AdamW (paper, 4.1)."""
 
-    lr: Positive = 1e-3  # peak, for the batch size as it is
+    lr: Positive | None = 1e-3  # peak, for the batch size as it is; None: by the batch and the weights it starts from
     weight_decay: NotNegative = 0.05  # not on biases and norms: the tensors of one dimension
     clip_norm: Positive = 5.0  # of the gradient of all parameters together
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the rate, from each block to the one before it
     frozen_stages: Annotated[int, Field(ge=0, le=4)] = 0  # the stem and so many stages keep the weights they start with
+
+    @property
+    def peak(self) -> float:
+        """The rate, once it is decided."""
+        if self.lr is None:
+            raise ValueError("the rate is left to the run, which has not begun")
+        return self.lr
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -87,7 +94,7 @@ class Distillation:
 class Recipe:
     """All of a run. `runs/NAME/recipe.yaml` holds it whole."""
 
-    model: str = "nextvit_nano"
+    model: str | None = "nextvit_nano"  # None: that of the weights; see `run` for when there are none
     weights: str | None = None  # a file, a published tag, "none"; None: published ones where the variant has them
     batch_size: Count = 16  # images a step, over all processes
     accumulation: Count = 1  # parts that a process takes its share of a batch in, for less memory
@@ -104,6 +111,13 @@ class Recipe:
     patience: Count | None = None  # epochs without a better one after which the run ends; None: it never does
     sync_batchnorm: bool = False  # with several processes: statistics over all of them
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def variant(self) -> str:
+        """The model, once it is decided."""
+        if self.model is None:
+            raise ValueError("the model is left to the run, which has not begun")
+        return self.model
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(to_dict(self), sort_keys=False)

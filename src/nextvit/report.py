@@ -6,6 +6,7 @@ import html
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nextvit import plots
 from nextvit.benchmark import CONFIDENCE, Row
@@ -19,6 +20,10 @@ from nextvit.files import write_rows, write_text
 from nextvit.metadata import Preprocess
 from nextvit.metrics import BINS
 from nextvit.runtime.session import Setup
+
+if TYPE_CHECKING:  # they need the libraries that training needs
+    from nextvit.loading import ImageParts, Loading
+    from nextvit.recipe import Recipe
 
 SHOWN = 5  # examples of a finding on a terminal
 
@@ -164,6 +169,31 @@ def latency_lines(rows: Sequence[Row]) -> list[str]:
             "load: opening and the first answer, libraries there already; memory: added to the peak on the host"
         )
     return lines
+
+
+def loading_lines(rows: "Sequence[Loading]", parts: "ImageParts", recipe: "Recipe", rounds: int) -> list[str]:
+    """The table of `benchmark --data` for a terminal."""
+    shown = [
+        {
+            "loading processes": row.workers,
+            "images/s": f"{row.images_per_s:.0f} ({row.p25:.0f} to {row.p75:.0f})",
+            "ratio": f"{row.ratio:.2f} ({row.ratio_low:.2f} to {row.ratio_high:.2f})" if row is not rows[0] else "1",
+        }
+        for row in rows
+    ]
+    return [
+        *table(shown),
+        f"{recipe.images.size} x {recipe.images.size} pixels; median and middle half of {rounds} interleaved rounds; "
+        f"ratio: to the first row's rate in the same round, with a {CONFIDENCE:.0%} interval of its median",
+        f"an image, in one process: {parts.read_ms:.2f} ms to read and decode, {parts.augment_ms:.2f} ms to augment "
+        f"(median of {parts.images})",
+    ]
+
+
+def write_loading(rows: "Sequence[Loading]", path: Path) -> None:
+    """The table as CSV, and a plot beside it."""
+    write_rows(path, [row.to_dict() for row in rows])
+    plots.loading(rows, path.with_suffix(".png"))
 
 
 def _pipeline_cells(row: Row) -> dict[str, object]:

@@ -3,13 +3,10 @@
 import contextlib
 import math
 import os
-import re
 import signal
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from types import FrameType
@@ -20,101 +17,28 @@ import torch
 from torch import Tensor, nn
 
 from nextvit import checkpoints
-from nextvit.augmentation import Normalise, draw_mixing, erase, mix, sample_transform
+from nextvit.augmentation import draw_mixing, erase, mix, sample_transform
 from nextvit.backbone import NextViT
-from nextvit.checkpoints import BEST, LAST, WEIGHTS, Epoch, Position, newest_checkpoint, owned
-from nextvit.create import create_model, open_checkpoint
-from nextvit.data.check import quick_check
-from nextvit.data.folders import Split, read_split, with_unlabelled
-from nextvit.data.loader import Batch, batches, eval_transform, loaders
+from nextvit.checkpoints import BEST, LAST, WEIGHTS, Epoch, owned
+from nextvit.create import open_checkpoint
+from nextvit.data.loader import Batch, batches, eval_transform
 from nextvit.data.seeds import generator, word
-from nextvit.devices import DTYPES, pick_device, pick_precision, set_threads
+from nextvit.devices import DTYPES
 from nextvit.errors import Diverged, Interrupted, LoaderDied, OutOfMemory, UserError, short_of_memory
 from nextvit.evaluate import Evaluation, evaluate
-from nextvit.files import sweep, write_rows, write_text
+from nextvit.files import write_rows
 from nextvit.journal import Journal
-from nextvit.metadata import Metadata
-from nextvit.objective import Objective, Targets, objective
-from nextvit.optimization import RunningMean, freeze, learning_rate, parameter_groups
-from nextvit.processes import Agreement, Processes, joined, synchronise_batchnorm
+from nextvit.objective import Targets
+from nextvit.optimization import learning_rate
+from nextvit.processes import Agreement, joined
 from nextvit.profiling import Profile
 from nextvit.progress import say, track
-from nextvit.recipe import Recipe, changed, from_dict, override, to_dict
-from nextvit.weights import PUBLISHED, WeightFile, read_weights, save_weights
+from nextvit.recipe import Recipe
+from nextvit.run import AUTOMATIC, Machine, Outcome, Run, gather, prepare, save
 
-IMAGES_TO_SEE, LEAST_EPOCHS, MOST_EPOCHS = 30_000, 10, 100  # where the recipe leaves the number of epochs to the data
 SAVE_EVERY = 600.0  # seconds, in a long epoch
 SAVE = 1  # what the processes tell each other: save and go on; a larger number is a signal's
 LAG = {"cpu": 0, "cuda": 2, "mps": 0}  # steps that a GPU may be ahead of the look at its losses
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where a run computes; none of it changes what it learns, but for rounding."""
-
-    device: str = "auto"
-    precision: str = "auto"
-    threads: int | None = None
-    workers: int | None = None  # processes that load images; None: one beside a CPU that trains, up to 8 for a GPU
-    deterministic: bool = False
-    compile: bool = False
-    shard: bool = False  # FSDP2: weights and moments in shards over the processes
-    logs: tuple[str, ...] = ()  # beside metrics.csv and TensorBoard: wandb, mlflow
-    profile: bool = False
-    allow_bad: bool = False  # train although more than 1 % of the images cannot be read
-    strict_data: bool = False  # do not, if any cannot, or if an image is in train and val both
-
-
-@dataclass
-class Outcome:
-    """What a step came to on this process, on its way from the device."""
-
-    epoch: int
-    step: int
-    rate: float
-    indices: list[int]
-    values: Tensor  # (2,): sum of the images' losses, norm of the gradient
-    ready: torch.cuda.Event | None = None
-
-
-@dataclass
-class Run:
-    """Everything that the loop works on."""
-
-    recipe: Recipe
-    epochs: int
-    data: str
-    folder: Path
-    processes: Processes
-    training: Split
-    validation: Split
-    model: NextViT
-    network: nn.Module  # the model as it is called: compiled, in step with other processes
-    frozen: list[nn.Module]
-    mean: RunningMean | None
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    objective: Objective
-    normalise: Normalise
-    device: torch.device
-    precision: str
-    workers: int
-    position: Position
-    outcomes: list[Outcome] = field(default_factory=list)  # of steps that were not looked at yet
-    seen: np.ndarray = field(default_factory=lambda: np.zeros(2))  # on this process since the last save: images, losses
-    rejected: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def batch_size(self) -> int:
-        """Images a step, over all processes: as the recipe says, or all there are."""
-        least = 2 * self.processes.count * self.recipe.accumulation
-        return min(self.recipe.batch_size, len(self.training) // least * least if least > 2 else len(self.training))
-
-    @property
-    def steps(self) -> int:
-        """Of an epoch; its last images are left out where the number does not divide."""
-        return len(self.training) // self.batch_size
-
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
@@ -126,7 +50,7 @@ def train(
     *,
     resume: bool = False,
     changes: Sequence[str] = (),
-    machine: Machine = Machine(),
+    machine: Machine = AUTOMATIC,
 ) -> Evaluation:
     """Train a classifier on the images of `data` and keep everything in the run folder `folder`.
 
@@ -140,7 +64,7 @@ def train(
         if processes.first:
             held.enter_context(owned(folder, new=not resume))
         processes.wait()
-        run = _prepare(data, recipe, folder, resume, changes, machine, processes)
+        run = prepare(data, recipe, folder, machine, processes, resume=resume, changes=changes)
         journal = held.enter_context(Journal.opened(run.folder, run.recipe, run.position, machine.logs, processes))
         profile = held.enter_context(Profile.opened(folder if machine.profile and processes.first else None))
         received = held.enter_context(_signals())
@@ -355,51 +279,6 @@ def finish_epoch(run: Run) -> Epoch:
     return row
 
 
-def gather(run: Run) -> None:
-    """Add what all processes saw since the last time to the position; BatchNorm's statistics are the first one's."""
-    at = run.position
-    images, losses = run.processes.sum(run.seen)
-    at.images += int(images)
-    at.loss_images += int(images)
-    at.loss_sum += float(losses)
-    for found in run.processes.gather(run.rejected):
-        at.rejected |= found
-    run.seen, run.rejected = np.zeros(2), {}
-    run.processes.same_buffers(run.model)
-
-
-def save(run: Run, name: str) -> None:
-    """A checkpoint of the run, and with the best the weights alone. All processes call it; the first one writes."""
-    gather(run)
-    tensors = {f"model.{key}": checkpoints.whole(tensor) for key, tensor in run.model.state_dict().items()}
-    if run.mean is not None:
-        tensors |= {f"ema.{key}": checkpoints.whole(tensor) for key, tensor in run.mean.model.state_dict().items()}
-    tensors |= checkpoints.optimizer_tensors(run.model, run.optimizer)
-    if not run.processes.first:
-        return
-    state = {
-        **asdict(run.position),
-        "data": _fingerprint(run.training, run.validation),
-        "recipe": to_dict(run.recipe),
-        "scaler": run.scaler.state_dict(),
-        "precision": run.precision,
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-    }
-    checkpoints.save_checkpoint(run.folder / name, tensors, run.model.metadata, state)
-    if name == BEST:
-        save_best(run.folder, WeightFile(str(run.folder / BEST), tensors, run.model.metadata, state))
-
-
-def save_best(folder: Path, best: WeightFile) -> None:
-    """model.safetensors: the weights of the best checkpoint, or their running mean where that was the better one."""
-    position = checkpoints.read_position(best.state or {})
-    prefix = "ema." if position.history[-1].by_mean else "model."
-    tensors = {key.removeprefix(prefix): value for key, value in best.tensors.items() if key.startswith(prefix)}
-    recipe = from_dict((best.state or {})["recipe"])
-    metadata = replace(best.metadata or Metadata(recipe.model), recipe=recipe.sha256)
-    save_weights(folder / WEIGHTS, tensors, metadata)
-
-
 def validate(model: NextViT, run: Run) -> Evaluation:
     """Metrics of the model on the run's validation split, in fp32, with the model's own preprocessing."""
     model.eval()
@@ -415,200 +294,7 @@ def validate(model: NextViT, run: Run) -> Evaluation:
     return evaluate(forward, source, split, total=total, label="validate", processes=run.processes)
 
 
-# ---- before the first step -------------------------------------------------------------------------------------------
-
-
-def _prepare(
-    data: str | Path,
-    recipe: Recipe,
-    folder: Path,
-    resume: bool,
-    changes: Sequence[str],
-    machine: Machine,
-    processes: Processes,
-) -> Run:
-    """Check everything before anything is written, and build the run as it starts or as it was left."""
-    device = pick_device(machine.device)
-    set_threads(machine.threads)
-    precision, deterministic = machine.precision, machine.deterministic
-    saved = newest_checkpoint(folder) if resume else None
-    training = read_split(data, "train")
-    _insist_on_images(data, training, processes.count * recipe.accumulation)
-    validation = read_split(data, "val", training.labels)
-    if recipe.distillation.unlabelled is not None:
-        training = with_unlabelled(training, recipe.distillation.unlabelled)
-    told = recipe.weights is not None
-    recipe = _resolved(recipe, training)
-    if saved is not None:
-        state = saved.state or {}
-        _insist_on_same(state, recipe, training, validation, folder)
-        recipe = override(recipe, changes)
-        if precision not in ("auto", state["precision"]):
-            say(f"note: {folder} was begun in {state['precision']} and goes on in {precision}.")
-        precision = state["precision"] if precision == "auto" else precision
-        deterministic = deterministic or state["deterministic"]
-    _insist_on_parts(recipe.batch_size, processes.count * recipe.accumulation)
-    chosen = pick_precision(precision, device)
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
-    torch.use_deterministic_algorithms(deterministic)
-    if saved is None:
-        say(f"starting from {'random weights' if recipe.weights == 'none' else f'the weights {recipe.weights}'}.")
-    if processes.first:
-        checked = quick_check(training, validation, allow_bad=machine.allow_bad, strict=machine.strict_data)
-        for note in [*training.notes, *validation.notes, *checked]:
-            say(f"note: {note}.")
-    torch.manual_seed(recipe.seed)
-    try:
-        model = _new_model(recipe, training.labels, saved).to(device)
-    except UserError as error:
-        if saved is None and not told and recipe.weights != "none":
-            raise UserError(f"{error} To start from random weights: --weights none.") from error
-        raise
-    if recipe.sync_batchnorm and processes.count > 1:
-        synchronise_batchnorm(model)
-    frozen = freeze(model, recipe.optimizer.frozen_stages)
-    mean = RunningMean(model, recipe.ema) if recipe.ema is not None else None
-    if saved is not None and mean is not None:
-        tensors = {k.removeprefix("ema."): t for k, t in saved.tensors.items() if k.startswith("ema.")}
-        mean.model.load_state_dict(tensors or model.state_dict())
-    network = processes.together(model, shard=machine.shard)
-    if mean is not None and machine.shard:
-        processes.together(mean.model, shard=True)
-    if machine.compile:
-        network.compile()
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, recipe.optimizer), lr=recipe.optimizer.lr, fused=device.type != "mps"
-    )
-    scaler = torch.amp.GradScaler(device.type, enabled=chosen == "fp16")
-    position = Position()
-    if saved is not None:
-        state = saved.state or {}
-        position = checkpoints.read_position(state)
-        checkpoints.restore_optimizer(model, optimizer, saved.tensors)
-        if scaler.is_enabled() and state["scaler"]:
-            scaler.load_state_dict(state["scaler"])
-        position.step = position.step * state["recipe"]["batch_size"] // recipe.batch_size
-        if processes.first:
-            sweep(folder)
-            if not (folder / WEIGHTS).exists() and (folder / BEST).exists():
-                save_best(folder, read_weights(folder / BEST))
-    run = Run(
-        recipe=recipe,
-        epochs=recipe.schedule.epochs or 1,
-        data=str(data),
-        folder=folder,
-        processes=processes,
-        training=training,
-        validation=validation,
-        model=model,
-        network=network,
-        frozen=frozen,
-        mean=mean,
-        optimizer=optimizer,
-        scaler=scaler,
-        objective=objective(recipe, training, device),
-        normalise=Normalise(model.metadata.preprocess, device),
-        device=device,
-        precision=chosen,
-        workers=loaders(machine.workers, device, 3 * recipe.images.size**2 * recipe.batch_size),
-        position=position,
-    )
-    if saved is not None:
-        say(f"resuming {folder}: {position.epoch} of {run.epochs} epochs done, at step {position.step}.")
-    if processes.first:
-        write_text(folder / "recipe.yaml", recipe.to_yaml())
-    parts = f" of {recipe.accumulation} parts" if recipe.accumulation > 1 else ""
-    several = f", {processes.count} processes" if processes.count > 1 else ""
-    say(
-        f"{recipe.model} on {len(training)} images of {len(training.labels)} classes, {len(validation)} to "
-        f"validate; {device}, {chosen}, {torch.get_num_threads()} threads{several}, batch {run.batch_size}{parts}, "
-        f"{run.epochs} epochs."
-    )
-    return run
-
-
-def _resolved(recipe: Recipe, training: Split) -> Recipe:
-    """With what the recipe leaves to the run: the weights to start from, the number of epochs."""
-    if recipe.weights is None:
-        recipe = replace(recipe, weights="in1k" if recipe.model in PUBLISHED else "none")
-    if recipe.schedule.epochs is None:
-        epochs = min(MOST_EPOCHS, max(LEAST_EPOCHS, round(IMAGES_TO_SEE / len(training))))
-        recipe = replace(recipe, schedule=replace(recipe.schedule, epochs=epochs))
-    return recipe
-
-
-def _insist_on_images(data: str | Path, training: Split, parts: int) -> None:
-    if len(training.labels) < 2:
-        raise UserError(f"{data} has one class only ({training.labels[0]}); a classifier needs two or more.")
-    if len(training) < 2 * parts:
-        count = "one training image" if len(training) == 1 else f"{len(training)} training images"
-        several = " for each part of a batch" if parts > 1 else ""
-        raise UserError(f"{data} has {count} only; a network with BatchNorm needs two or more{several}.")
-
-
-def _insist_on_parts(batch_size: int, parts: int) -> None:
-    if parts > 1 and batch_size % (2 * parts):
-        raise UserError(
-            f"a batch of {batch_size} does not divide into {parts} parts of an even number of images; take a multiple "
-            f"of {2 * parts}."
-        )
-
-
-def _new_model(recipe: Recipe, labels: Sequence[str], saved: WeightFile | None) -> NextViT:
-    """The network to start from or to go on with, with its metadata."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the last layer is new is what training on other classes means
-        model = create_model(
-            recipe.model,
-            weights=saved if saved is not None else None if recipe.weights == "none" else recipe.weights,
-            num_classes=len(labels),
-            drop_path_rate=recipe.drop_path,
-            kv_pooling=recipe.kv_pooling,
-        )
-    r, p = recipe.images, model.metadata.preprocess
-    p = replace(p, image_size=r.size, crop=r.crop, interpolation=r.interpolation)
-    model.metadata = replace(model.metadata, labels=tuple(labels), preprocess=p)
-    return model
-
-
-def _fingerprint(training: Split, validation: Split) -> dict[str, Any]:
-    return {
-        "labels": list(training.labels),
-        "images": [len(training), len(validation)],
-        "files": [training.sha256, validation.sha256],
-    }
-
-
-def _insist_on_same(state: dict[str, Any], recipe: Recipe, training: Split, validation: Split, folder: Path) -> None:
-    if "recipe" not in state:
-        raise UserError(f"{folder} was begun by an older version; start a new run with --weights {folder / WEIGHTS}.")
-    for key, now in _fingerprint(training, validation).items():
-        before = state["data"][key]
-        if before != now:
-            raise UserError(
-                f"{folder} was trained with other {key} ({before}, now {now}); give the same data, or start a new run "
-                f"with --weights {folder / WEIGHTS}."
-            )
-    for key, (before, now) in changed(state["recipe"], to_dict(recipe)).items():
-        raise UserError(
-            f"{folder / 'recipe.yaml'} has {key} = {now!r} and the run was begun with {before!r}; put it back, or say "
-            f"that you mean it: --set {key}={now}."
-        )
-
-
-# ---- the run folder and its end --------------------------------------------------------------------------------------
-
-
-def new_run_folder(data: str | Path, recipe: Recipe) -> Path:
-    """runs/DATA-MODEL, with a number where that is taken."""
-    stem = re.sub(r"[^\w.-]+", "-", Path(data).resolve().name) if str(data) != "demo" else "demo"
-    name = f"{stem}-{recipe.model.removeprefix('nextvit_')}"
-    folder, number = Path("runs") / name, 2
-    while folder.exists():
-        folder = Path("runs") / f"{name}.{number}"
-        number += 1
-    return folder
+# ---- the end of a run ------------------------------------------------------------------------------------------------
 
 
 def _ended(run: Run) -> bool:
@@ -640,8 +326,9 @@ def _signals() -> Iterator[list[int]]:
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
+        if received:
+            os._exit(128 + number)
         received.append(number)
-        signal.signal(number, signal.SIG_DFL)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

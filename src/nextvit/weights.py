@@ -52,6 +52,10 @@ class WeightsDoNotFit(UserError):
         )
 
 
+class NotFetched(UserError):
+    """Published weights are wanted and cannot be had here."""
+
+
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
@@ -225,7 +229,7 @@ def _download(repository: str) -> tuple[Path, Preprocess]:
             huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=4)
             paths = [fetch(file, offline=False) for file in ("model.safetensors", "config.json")]
     except Exception as error:  # the client's errors come from several libraries; each means: not to be had
-        raise UserError(
+        raise NotFetched(
             f"cannot get {repository} from the hub ({type(error).__name__}); check the name and the network, or "
             "download the file elsewhere and give its path as the weights."
         ) from error

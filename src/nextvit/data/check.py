@@ -1,7 +1,7 @@
 """What is wrong with a folder of images, before anything is learnt from it."""
 
 import hashlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
-from nextvit.data.folders import Split
 from nextvit.data.images import ImageRejected, printable
+from nextvit.data.split import Split
 from nextvit.devices import cpu_count
 from nextvit.errors import UserError
 from nextvit.progress import track
@@ -81,12 +81,12 @@ def check(splits: Sequence[Split]) -> Checked:
     for split in splits:
         for target in split.targets:
             counts[split.name][split.labels[target]] += 1
-    exact = duplicates(splits)
+    exact, repeated = _equal(splits)
     same = {file for group in exact for file in group}
     findings = [
         _finding("unreadable", True, "images cannot be decoded; they would be left out", bad),
         _finding("same in two splits", True, "images lie in two splits: figures on the second flatter", _named(exact)),
-        _finding("same within a split", False, "groups of equal files in one split", _named(_repeated(splits))),
+        _finding("same within a split", False, "groups of equal files in one split", _named(repeated)),
         _finding("near duplicates", False, "pairs look the same across splits", _near(seen, same)),
         _finding(
             "empty class",
@@ -170,7 +170,7 @@ def quick_check(training: Split, validation: Split, *, allow_bad: bool = False, 
                 "`nextvit data check` lists them all; mend them, or train without them by --allow-bad."
             )
     if len(training) + len(validation) <= QUICK_FILES:
-        same = duplicates([training, validation])
+        same, _ = _equal([training, validation])
         if same:
             a, b = (printable(path) for path in same[0][:2])
             told = f"{len(same)} images are in train and val both, such as {a} and {b}: the figures on val flatter"
@@ -194,25 +194,24 @@ def _each(split: Split, indices: Sequence[int], look: Callable[[Image.Image], T]
         yield from track(found, total=len(indices), label=f"check {split.name}", unit="images")
 
 
-def duplicates(splits: Sequence[Split]) -> list[list[Path]]:
-    """Groups of files with the same bytes that lie in more than one split."""
-    return [files for files, names in _equal(splits) if len(names) > 1]
+def _equal(splits: Sequence[Split]) -> tuple[list[list[Path]], list[list[Path]]]:
+    """Groups of files with the same bytes: those that lie in more than one split, and those within one.
 
-
-def _repeated(splits: Sequence[Split]) -> list[list[Path]]:
-    return [files for files, names in _equal(splits) if len(names) == 1]
-
-
-def _equal(splits: Sequence[Split]) -> list[tuple[list[Path], Counter[str]]]:
-    """Groups of equal files, and how many each split has of them; only files of the same length are read."""
+    Only files of the same length are read.
+    """
     by_size = defaultdict(list)
     for split in splits:
-        for file in split.files:
-            by_size[file.stat().st_size].append((split.name, file))
+        for index in range(len(split)):
+            by_size[split.size(index)].append((split, index))
     by_hash = defaultdict(list)
     for files in by_size.values():
         if len(files) > 1:
-            for name, file in files:
-                by_hash[hashlib.sha256(file.read_bytes()).digest()].append((name, file))
-    groups = [files for files in by_hash.values() if len(files) > 1]
-    return [([file for _, file in group], Counter(name for name, _ in group)) for group in groups]
+            for split, index in files:
+                by_hash[hashlib.sha256(split.content(index)).digest()].append((split, index))
+    across: list[list[Path]] = []
+    within: list[list[Path]] = []
+    for group in by_hash.values():
+        if len(group) > 1:
+            several = len({split.name for split, _ in group}) > 1
+            (across if several else within).append([split.files[index] for split, index in group])
+    return across, within

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,15 +14,16 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from nextvit.data.folders import Split
-from nextvit.data.images import ImageRejected, as_taken
+from nextvit.data.images import Draft, ImageRejected, as_taken
 from nextvit.data.seeds import seeded
+from nextvit.data.split import Split
 from nextvit.devices import cpu_count
 from nextvit.metadata import Metadata
 from nextvit.progress import say
 
 AHEAD = 2  # batches that each loading process may be ahead
-Transform = Callable[[Image.Image], Tensor]
+Read = Callable[[Draft | None], Image.Image]  # the image, or less of it where that will do
+Transform = Callable[[Read], Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,10 @@ class _Images(Dataset):
 
     def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
         try:
-            image = self.split.read(index)
+            with seeded(*self.seed, index) if self.seed is not None else nullcontext():
+                return index, self.transform(partial(self.split.read, index))
         except ImageRejected as error:
             return index, str(error)
-        if self.seed is None:
-            return index, self.transform(image)
-        with seeded(*self.seed, index):
-            return index, self.transform(image)
 
 
 class _Collate:
@@ -76,8 +75,8 @@ def eval_transform(metadata: Metadata) -> Transform:
     return partial(_as_taken, metadata=metadata)
 
 
-def _as_taken(image: Image.Image, metadata: Metadata) -> Tensor:
-    return torch.from_numpy(as_taken(image, metadata))
+def _as_taken(read: Read, metadata: Metadata) -> Tensor:
+    return torch.from_numpy(as_taken(read(None), metadata))
 
 
 def batches(

@@ -3,15 +3,17 @@
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from nextvit.backbone import NextViT
-from nextvit.data.folders import data_root, default_eval_split, read_split
+from nextvit.data.folders import data_root
 from nextvit.data.images import ImageRejected, ImageSource, as_taken, image_files, read_image
+from nextvit.data.sets import default_eval_split, read_split
+from nextvit.data.shards import are_shards
+from nextvit.data.split import Split
 from nextvit.errors import UserError
 from nextvit.exporters.parity import with_channels
 from nextvit.metadata import Metadata
@@ -30,7 +32,7 @@ STRANGE = (
 class Images:
     """Images that can be read, with the index of their class where it is known; decoded anew each time."""
 
-    sources: tuple[ImageSource, ...]
+    sources: tuple[ImageSource | bytes, ...]
     targets: tuple[int, ...] | None
     metadata: Metadata
 
@@ -66,7 +68,7 @@ def read_calibration(
     where fewer than FEWEST can be read, or where all are alike.
     """
     if isinstance(source, str | os.PathLike):
-        first, second, notes = _of_folder(Path(source) if source != "demo" else "demo", metadata)
+        first, second, notes = _of_folder(os.fspath(source), metadata)
     elif isinstance(source, Sequence):
         first, second = _every_fifth(Images(tuple(source), None, metadata))
         notes = []
@@ -86,21 +88,29 @@ def read_calibration(
     return Calibration(train, first, second, (*notes, *_oddities(first, model)))
 
 
-def _of_folder(source: Path | str, metadata: Metadata) -> tuple[Images, Images, list[str]]:
-    root = data_root(source)
+def _of_folder(source: str, metadata: Metadata) -> tuple[Images, Images, list[str]]:
     labels = metadata.labels
     try:
         if not labels:
             raise UserError("the model names no classes")
         pair = [read_split(source, name, labels) for name in ("train", default_eval_split(source))]
     except UserError as error:
-        files = Images(tuple(image_files(root)), None, metadata)
+        if are_shards(source):
+            raise
+        files = Images(tuple(image_files(data_root(source))), None, metadata)
         note = (
             f"accuracy is taken as agreement with the float model, because the images have no known classes ({error})"
         )
         return *_every_fifth(files), [note.rstrip(".")]
-    first, second = (Images(split.files, split.targets, metadata) for split in pair)
+    first, second = (_images(split, metadata) for split in pair)
     return first, second, [note for split in pair for note in split.notes]
+
+
+def _images(split: Split, metadata: Metadata) -> Images:
+    if split.places is None:
+        return Images(split.files, split.targets, metadata)
+    chosen = np.linspace(0, len(split) - 1, min(TUNED, len(split))).astype(int).tolist()
+    return Images(tuple(map(split.content, chosen)), tuple(split.targets[i] for i in chosen), metadata)
 
 
 def _every_fifth(images: Images) -> tuple[Images, Images]:

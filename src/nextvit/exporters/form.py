@@ -22,9 +22,9 @@ def export_form(model: NextViT, *, fixed: bool) -> NextViT:
     form.to(memory_format=form.layout)
     for module in form.modules():
         if isinstance(module, NTB):
-            module.e_mhsa = MapEMHSA(module.e_mhsa, fixed=fixed)  # type: ignore[assignment]
+            module.e_mhsa = MapEMHSA(module.e_mhsa, fixed=fixed)  # type: ignore[assignment]  # same shapes, other class
         if fixed and isinstance(module, PatchEmbed) and isinstance(module.pool, HalvingPool):
-            module.pool = FixedHalvingPool()  # type: ignore[assignment]
+            module.pool = FixedHalvingPool()  # type: ignore[assignment]  # likewise
     return form
 
 

@@ -60,7 +60,7 @@ def _quantize(graph: Any, images: Images, plan: Plan) -> Any:
     onnx = need("onnx", extra="tensorrt")
     ort = need("onnxruntime.quantization", extra="tensorrt")
 
-    class Reader(ort.CalibrationDataReader):  # type: ignore[name-defined]
+    class Reader(ort.CalibrationDataReader):  # type: ignore[name-defined]  # a base known at run time
         def __init__(self) -> None:
             self.images: Iterator[np.ndarray] = iter(images)
 

@@ -1,0 +1,110 @@
+"""One part of a data set: its images, wherever they lie, each with its class."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import fsspec
+import numpy as np
+from PIL import Image
+
+from nextvit import imagenet
+from nextvit.data.images import Draft, ImageRejected, image_files, printable, read_image
+from nextvit.data.seeds import generator
+from nextvit.errors import UserError
+
+UNLABELLED = -1  # the target of an image without a label
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Where images lie in shards: image i is `size[i]` bytes from `offset[i]` of `urls[shard[i]]`."""
+
+    urls: tuple[str, ...]
+    shard: np.ndarray  # int64 (N,), and so are the others
+    offset: np.ndarray
+    size: np.ndarray
+
+    def content(self, index: int) -> bytes:
+        """The bytes of one image; ImageRejected where they cannot be had."""
+        url, start, size = self.urls[self.shard[index]], int(self.offset[index]), int(self.size[index])
+        try:
+            system, path = fsspec.core.url_to_fs(url)  # cached, and made anew in a forked process
+            found: bytes = system.cat_file(path, start=start, end=start + size)
+        except Exception as error:  # every file system has errors of its own
+            raise ImageRejected(f"{printable(url)} cannot be read at {start} ({type(error).__name__}).") from error
+        if len(found) != size:
+            raise ImageRejected(f"{printable(url)} is cut short: {size} bytes at {start} are {len(found)}.")
+        return found
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images, each with the index of its class in `labels`."""
+
+    name: str
+    folder: Path  # that the class folders lie in
+    labels: tuple[str, ...]
+    files: tuple[Path, ...]  # below `folder`; of images in shards, where they would lie
+    targets: tuple[int, ...]
+    notes: tuple[str, ...] = field(default=())  # what the user should know: empty classes, files outside a class
+    places: Places | None = None  # None: each image is a file of its own
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, index: int, draft: Draft | None = None) -> Image.Image:
+        """The image, upright, RGB; ImageRejected where it cannot be read. draft: see `read_image`."""
+        if self.places is None:
+            return read_image(self.files[index], draft=draft)
+        return read_image(self.places.content(index), name=self.files[index], draft=draft)
+
+    def content(self, index: int) -> bytes:
+        """The image as it is stored."""
+        return self.files[index].read_bytes() if self.places is None else self.places.content(index)
+
+    def size(self, index: int) -> int:
+        """In bytes."""
+        return self.files[index].stat().st_size if self.places is None else int(self.places.size[index])
+
+    def order(self, *numbers: int) -> np.ndarray:
+        """All indices, shuffled: a function of the numbers alone, such as seed and epoch."""
+        return generator(*numbers).permutation(len(self))
+
+    @property
+    def sha256(self) -> str:
+        """Of the names of the files, as they lie in the folder, and their classes: tells whether data is the same."""
+        names = (os.fsencode(os.path.relpath(file, self.folder)) for file in self.files)
+        lines = (b"%d %s\0" % (target, name) for target, name in zip(self.targets, names, strict=True))
+        return hashlib.sha256(b"".join(lines)).hexdigest()
+
+
+def numbered(
+    found: Sequence[str], labels: Sequence[str] | None, where: object
+) -> tuple[tuple[str, ...], dict[str, int]]:
+    """All classes, and the number of each that was found.
+
+    labels: the classes of a model. Those that were found are matched by name, those of ImageNet by WordNet id too; one
+    that is none of them raises UserError. None: the classes are those that were found.
+    """
+    classes = tuple(labels) if labels is not None else tuple(found)
+    number = {label: index for index, label in enumerate(classes)}
+    if classes == imagenet.labels():
+        number |= {wordnet_id: index for index, wordnet_id in enumerate(imagenet.wordnet_ids())}
+    if strange := [label for label in found if label not in number]:
+        raise UserError(
+            f"{where} has a class {strange[0]!r} that the model does not know; it knows {', '.join(classes[:20])}."
+        )
+    return classes, number
+
+
+def with_unlabelled(split: Split, folder: str | Path) -> Split:
+    """The split, and after it all images below a folder, without labels."""
+    found = image_files(Path(folder)) if Path(folder).is_dir() else []
+    if not found:
+        raise UserError(f"{folder} has no images without labels; give a folder that has.")
+    if split.places is not None:
+        raise UserError("images without labels stand beside folders of images, not beside shards; unpack the shards.")
+    return replace(split, files=split.files + tuple(found), targets=split.targets + (UNLABELLED,) * len(found))

@@ -1,0 +1,54 @@
+"""What a recipe leaves open, decided by the images and by what can be had: network, weights, epochs, rate."""
+
+import math
+from dataclasses import replace
+
+from nextvit.create import model_of
+from nextvit.data.split import Split
+from nextvit.progress import say
+from nextvit.recipe import Recipe
+from nextvit.spec import VARIANTS
+from nextvit.weights import PUBLISHED, TAGS, NotFetched, read_weights, resolve
+
+SMALLEST = VARIANTS[0].name
+IMAGES_TO_SEE, LEAST_EPOCHS, MOST_EPOCHS = 30_000, 10, 100
+RATE_FROM_SCRATCH, RATE_FROM_WEIGHTS, RATE_BATCH = 1e-3, 2.5e-4, 16
+
+
+def decided(recipe: Recipe, training: Split) -> Recipe:
+    """With what the recipe leaves to the run: the network, the weights to start from, the epochs, the rate."""
+    if recipe.model is None:
+        recipe = _with_model(recipe)
+    if recipe.weights is None:
+        recipe = replace(recipe, weights="in1k" if recipe.model in PUBLISHED else "none")
+    if recipe.schedule.epochs is None:
+        epochs = min(MOST_EPOCHS, max(LEAST_EPOCHS, round(IMAGES_TO_SEE / len(training))))
+        recipe = replace(recipe, schedule=replace(recipe.schedule, epochs=epochs))
+    if recipe.optimizer.lr is None:
+        rate = RATE_FROM_SCRATCH if recipe.weights == "none" else RATE_FROM_WEIGHTS
+        rate *= math.sqrt(min(recipe.batch_size, len(training)) / RATE_BATCH)  # the square-root rule, for Adam
+        recipe = replace(recipe, optimizer=replace(recipe.optimizer, lr=float(f"{rate:.2g}")))
+    return recipe
+
+
+def _with_model(recipe: Recipe) -> Recipe:
+    """The network that the weights are of: those given, else the published ones of the smallest that has any.
+
+    Where these cannot be had, the smallest network of all from random weights, with a warning.
+    """
+    if recipe.weights is None or recipe.weights in TAGS:
+        try:
+            resolve(PUBLISHED[0], recipe.weights or "in1k")
+        except NotFetched as error:
+            if recipe.weights is not None:
+                raise
+            say(
+                f"warning: {error} So {SMALLEST} starts from random weights here, which needs many more images to be "
+                "as good."
+            )
+            optimizer = replace(recipe.optimizer, layer_decay=1.0, frozen_stages=0)  # nothing is worth keeping
+            return replace(recipe, model=SMALLEST, weights="none", optimizer=optimizer)
+        return replace(recipe, model=PUBLISHED[0], weights=recipe.weights or "in1k")
+    if recipe.weights == "none":
+        return replace(recipe, model=SMALLEST)
+    return replace(recipe, model=model_of(read_weights(resolve(SMALLEST, recipe.weights)[0])).metadata.variant)
