@@ -20,7 +20,7 @@ from nextvit.augmentation import (
     smoothed,
 )
 from nextvit.data.demo_images import garments
-from nextvit.data.images import normalise
+from nextvit.data.images import normalise, read_image
 from nextvit.data.loader import batches
 from nextvit.data.seeds import generator, seeded
 from nextvit.data.sets import read_split
@@ -196,3 +196,64 @@ def test_every_epoch_and_every_seed_has_its_own_order(split):
     assert len(orders) == 9
     assert np.array_equal(split.order(1, 2), split.order(1, 2))
     assert Path(split.files[0]).exists()
+
+
+def cropped(read, images: Images, seed: int) -> np.ndarray:
+    with seeded(seed):
+        return sample_transform(images, Preprocess(images.size))(read).numpy()
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_a_crop_is_torchvision_s(interpolation):
+    """The same draw gives its box; pixels are Pillow's to a level, or two where it resizes rows before columns."""
+    from torchvision.transforms import v2
+
+    from nextvit.exporters.parity import real_images
+
+    picture = real_images()[10].resize((130, 90))
+    images = Images(size=48, crop_area=0.2, flip=0, interpolation=interpolation)
+    theirs = v2.RandomResizedCrop(48, (0.2, 1), (3 / 4, 4 / 3), interpolation=v2.InterpolationMode(interpolation))
+
+    def read(draft):
+        draft(*picture.size)
+        return picture
+
+    for seed in range(20):
+        transform = sample_transform(images, Preprocess(48, interpolation=interpolation))
+        with seeded(seed):
+            found = transform(read).numpy().astype(int)
+        with seeded(seed):
+            expected = np.asarray(theirs(picture), int)
+        assert np.abs(found - expected).max() <= 2
+        assert (found != expected).mean() < 0.2
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_large_jpeg_is_decoded_small_and_looks_the_same(orientation, tmp_path):
+    from nextvit.exporters.parity import real_images
+
+    picture = real_images()[10].resize((1600, 1200), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = picture if orientation == 1 else picture.rotate(90, expand=True)  # 6: turned back by readers
+    stored.save(tmp_path / "large.jpg", quality=95, exif=exif)
+    images, sizes = Images(size=96, crop_area=0.3, flip=0), []
+
+    def small(draft):
+        sizes.append(read_image(tmp_path / "large.jpg", draft=draft))
+        return sizes[-1]
+
+    def whole(draft):
+        draft(1600, 1200)
+        return picture
+
+    for seed in range(10):
+        apart = cropped(small, images, seed).astype(int) - cropped(whole, images, seed)
+        assert np.abs(apart).mean() < 5, "a crop of so few pixels is off by half of one at most"
+    assert {image.size for image in sizes} <= {(400, 300), (200, 150)}
+    assert min(image.width for image in sizes) < 1600
+
+
+def test_what_is_no_jpeg_is_decoded_in_full(tmp_path):
+    Image.new("RGB", (640, 480)).save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png", draft=lambda w, h: (10, 10)).size == (640, 480)

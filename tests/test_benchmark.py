@@ -221,3 +221,32 @@ def test_arguments_that_will_not_do_are_refused(flags, message):
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_loader_alone_is_measured(garment_folder, tmp_path):
+    flags = ["--workers", "0,1", "--rounds", 8, "--image-size", 32, "--recipe", "in1k_300e"]
+    done = nextvit("benchmark", "--data", garment_folder, *flags, "--output", tmp_path / "l.csv", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert [row["workers"] for row in told["rows"]] == [0, 1]
+    assert all(row["p25"] <= row["images_per_s"] <= row["p75"] for row in told["rows"])
+    assert told["rows"][0]["ratio"] == 1
+    assert told["parts"]["images"] == 48
+    assert 0 < told["parts"]["read_ms"] < 50
+    assert told["image_size"] == 32
+    assert {file.name for file in tmp_path.iterdir()} == {"l.csv", "l.png"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give a model to measure, or --data"),
+        (["nextvit_nano", "--data", "demo"], "leave the models out"),
+        (["--data", "demo", "--workers", "many"], "--workers takes whole numbers from 0"),
+        (["--data", "demo", "--rounds", "2"], "needs 8 rounds or more"),
+        (["--data", "nowhere"], "there is no folder"),
+    ],
+)
+def test_what_cannot_be_measured_is_a_sentence(arguments, message):
+    done = nextvit_here("benchmark", *arguments)
+    assert (done.returncode, message in done.stderr) == (2, True), done.stderr

@@ -150,6 +150,29 @@ def test_other_numbers_of_workers_give_the_same_weights(whole, garment_folder, t
     found("bit-identical after stops at steps 4 and 13")
 
 
+def test_another_batch_size_goes_on_at_the_same_image(garment_folder, tmp_path, monkeypatch):
+    """Stopped after 4 steps of 8 images; with 4 a step, 8 of the epoch's 12 are done."""
+    from nextvit import train as module
+
+    honest, steps = module.train_step, []
+
+    def step(*arguments):
+        steps.append(arguments[0].position.step)
+        if len(steps) == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return honest(*arguments)
+
+    monkeypatch.setattr(module, "train_step", step)
+    with pytest.raises(module.Interrupted):
+        train(garment_folder, recipe(), tmp_path / "run", machine=MACHINE)
+    steps.clear()
+    with pytest.raises(module.Interrupted):
+        train(garment_folder, recipe(), tmp_path / "run", resume=True, changes=["batch_size=4"], machine=MACHINE)
+    torch.use_deterministic_algorithms(False)
+    assert steps == [8, 9, 10, 11]
+    assert newest_checkpoint(tmp_path / "run").state["images"] == 48
+
+
 @pytest.mark.parametrize("phase", ["train_step", "evaluate", "save"])
 @pytest.mark.fault(
     "T2", "SIGTERM in a step, in validation, in a save: saved within the step, exit 143; resumed: the same"

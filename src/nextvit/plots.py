@@ -96,11 +96,15 @@ def latency(rows: Sequence[Row], path: Path) -> None:
 
 def loading(rows: "Sequence[Loading]", path: Path) -> None:
     """The same of how fast images are loaded."""
-    names = [f"{row.workers} loading processes" if row.workers else "the training process itself" for row in rows]
+    names = [_loaded_by(row.workers) for row in rows]
     spreads = [(row.p25, row.images_per_s, row.p75) for row in rows]
     notes = [f"{row.images_per_s:.0f}   x {row.ratio:.2f}" + _interval(row) * bool(i) for i, row in enumerate(rows)]
     told = f"images a second; ratio to the first row with its {CONFIDENCE:.0%} interval"
     _bars(names, spreads, notes, told, path, best=max(range(len(rows)), key=lambda i: spreads[i][1]))
+
+
+def _loaded_by(workers: int) -> str:
+    return f"{workers} loading process{'es' * (workers > 1)}" if workers else "the training process itself"
 
 
 def _interval(row: "Row | Loading") -> str:
