@@ -12,7 +12,6 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from nextvit.errors import UserError
-from nextvit.files import replacing
 from nextvit.metadata import Metadata
 from nextvit.optimization import all_finite
 from nextvit.progress import say
@@ -99,10 +98,12 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], metadata: Metadata, 
     """Tensors, and the rest as JSON; a last checkpoint becomes the one before it. No number that is not finite."""
     if not all_finite(tensors.values()):
         raise RuntimeError(f"{path} would hold numbers that are not finite, and was not written")
-    with replacing(path) as unfinished:
-        save_weights(unfinished, tensors, metadata, state)
+
+    def keep_the_one_before() -> None:
         if path.name == LAST and path.exists():
             path.replace(path.with_name(PREVIOUS))
+
+    save_weights(path, tensors, metadata, state, before=keep_the_one_before)
 
 
 def newest_checkpoint(run: Path) -> WeightFile:

@@ -25,6 +25,10 @@ class OutOfMemory(RuntimeError):
     """The machine's or the GPU's memory is too short for what was asked. The command line exits with 1."""
 
 
+class DiskFull(RuntimeError):
+    """There is no room for a file. What was there before is whole. The command line exits with 1."""
+
+
 class LoaderDied(RuntimeError):
     """A process that loads images was killed. The command line exits with 1."""
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nextvit.errors import UserError
+from nextvit.errors import DiskFull, UserError
 
 SEAL = "nextvit-sha256:"
 FOLDERS = (".mlpackage", ".aimodel")  # formats that are a folder of files
@@ -22,11 +22,12 @@ OPEN_SEAL = SEAL + "0" * 64  # written with the file's metadata; close_seal() pu
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str], *, size: int = 0) -> Iterator[Path]:
     """Give a path in a hidden folder beside `path`; what lies there takes its final place only if all went well.
 
     Companions written beside it (the `.bin` of an OpenVINO `.xml`) are moved first, the file itself last. Formats that
-    are a folder of files (FOLDERS) are moved whole.
+    are a folder of files (FOLDERS) are moved whole. size: bytes that it will have, where that is known, to be told with
+    DiskFull.
     """
     final = Path(path)
     if final.is_dir() and not (final.suffix in FOLDERS and (not any(final.iterdir()) or _digest(final)[1])):
@@ -51,7 +52,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     except OSError as error:
         if error.errno not in FULL:
             raise
-        raise UserError(f"cannot write {final}: {error.strerror}; make room, or choose another --output.") from error
+        needed = f"; it needs {size / 1e6:.0f} MB" if size else ""
+        raise DiskFull(
+            f"cannot write {final}: {error.strerror}{needed}; make room and go on, or choose another --output."
+        ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

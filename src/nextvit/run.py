@@ -119,7 +119,9 @@ def prepare(
     training, validation = _read(data, recipe)
     wanted, recipe = recipe, decided(recipe, training)
     if saved is not None:
-        _insist_on_same(saved, recipe, training, validation, folder)
+        _insist_on_same(
+            saved, recipe, training, validation, folder, meant={c.partition("=")[0].strip() for c in changes}
+        )
         recipe = decided(override(recipe, changes), training)
         machine = _as_begun(machine, saved, folder)
     batch_size = _batch_size(data, recipe, len(training), processes)
@@ -274,7 +276,10 @@ def _fingerprint(training: Split, validation: Split) -> dict[str, Any]:
     }
 
 
-def _insist_on_same(saved: WeightFile, recipe: Recipe, training: Split, validation: Split, folder: Path) -> None:
+def _insist_on_same(
+    saved: WeightFile, recipe: Recipe, training: Split, validation: Split, folder: Path, *, meant: set[str]
+) -> None:
+    """Data and recipe are those that the run was begun with, but for the keys that are meant to change."""
     state = _state(saved)
     if "batch_size" not in state:
         raise UserError(f"{folder} was begun by an older version; start a new run with --weights {folder / WEIGHTS}.")
@@ -286,6 +291,8 @@ def _insist_on_same(saved: WeightFile, recipe: Recipe, training: Split, validati
                 f"with --weights {folder / WEIGHTS}."
             )
     for key, (before, now) in changed(state["recipe"], to_dict(recipe)).items():
+        if key in meant:
+            continue
         raise UserError(
             f"{folder / 'recipe.yaml'} has {key} = {now!r} and the run was begun with {before!r}; put it back, or say "
             f"that you mean it: --set {key}={now}."

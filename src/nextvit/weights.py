@@ -304,18 +304,28 @@ def model_tensors(file: WeightFile) -> dict[str, Tensor]:
 
 
 def save_weights(
-    path: str | Path, tensors: Mapping[str, Tensor], metadata: Metadata, state: Mapping[str, Any] | None = None
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Metadata,
+    state: Mapping[str, Any] | None = None,
+    *,
+    before: Callable[[], object] = lambda: None,
 ) -> None:
-    """Write a sealed safetensors file with its metadata, whole or not at all; `state` makes it a checkpoint."""
+    """Write a sealed safetensors file with its metadata, whole or not at all; `state` makes it a checkpoint.
+
+    before: is called when the file is written and has not taken its place yet.
+    """
     from nextvit import __version__
 
     notes = {"format": "pt", "nextvit": replace(metadata, version=__version__).to_json(), "sha256": OPEN_SEAL}
     if state is not None:
         notes["state"] = json.dumps(state)
-    with replacing(path) as unfinished:
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    with replacing(path, size=size) as unfinished:
         try:
             save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, unfinished, notes)
         except SafetensorError as error:  # it tells an I/O error's number in its text alone
             number = re.search(r"os error (\d+)", str(error))
             raise OSError(int(number[1]), os.strerror(int(number[1]))) if number else error from error
         close_seal(unfinished)
+        before()

@@ -24,7 +24,8 @@ QUICK_FILES = 20_000  # and files that it compares across splits
 MOST_UNREADABLE = 0.01  # of the images
 SMALL_SIDE = 32  # pixels
 HASH_SIDE = 16
-NEAR = 6  # of the 256 bits of a hash may differ in two pictures of the same thing
+NEAR = 6  # of the 256 bits of a hash may differ in two copies of a picture,
+NEAR_LEVELS = 4.0  # and so much of 255, on the average, what is left when brightness and contrast are made the same
 MOST_COMPARED = 20_000  # images, each with each; of more, only equal hashes are near
 IMBALANCE = 10  # times as many images in the largest class as in the smallest
 LISTED = 100  # examples a finding
@@ -61,7 +62,8 @@ class _Seen:
     file: Path
     split: str
     size: tuple[int, int]
-    bits: np.ndarray  # uint64 (4,): of each pixel of a small grey copy, whether the next one is brighter
+    grey: np.ndarray  # uint8 (HASH_SIDE, HASH_SIDE + 1): a small copy
+    bits: np.ndarray  # uint64 (4,): of each of its pixels, whether the next one is brighter
 
 
 # ---- all of it -------------------------------------------------------------------------------------------------------
@@ -75,8 +77,7 @@ def check(splits: Sequence[Split]) -> Checked:
             if isinstance(found, str):
                 bad.append(found)
             else:
-                size, bits = found
-                seen.append(_Seen(split.files[index], split.name, size, bits))
+                seen.append(_Seen(split.files[index], split.name, *found))
     counts = {split.name: {label: 0 for label in split.labels} for split in splits}
     for split in splits:
         for target in split.targets:
@@ -127,9 +128,17 @@ def _uneven(counts: dict[str, dict[str, int]]) -> list[str]:
     return told
 
 
-def _look(image: Image.Image) -> tuple[tuple[int, int], np.ndarray]:
-    small = np.asarray(image.convert("L").resize((HASH_SIDE + 1, HASH_SIDE), Image.Resampling.BILINEAR), np.int16)
-    return image.size, np.packbits(small[:, 1:] > small[:, :-1]).view(np.uint64)
+def _look(image: Image.Image) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
+    grey = np.asarray(image.convert("L").resize((HASH_SIDE + 1, HASH_SIDE), Image.Resampling.BILINEAR))
+    return image.size, grey, np.packbits(grey[:, 1:] > grey[:, :-1]).view(np.uint64)
+
+
+def _left(a: np.ndarray, b: np.ndarray) -> float:
+    """Levels, root mean square, by which two grey pictures differ when brightness and contrast are made the same."""
+    a, b = (values - values.mean() for values in (a.astype(float), b.astype(float)))
+    weaker, stronger = sorted((a, b), key=np.std)
+    fitted = stronger * (stronger * weaker).sum() / max((stronger**2).sum(), 1e-9)
+    return float(np.sqrt(((weaker - fitted) ** 2).mean()))
 
 
 def _near(seen: Sequence[_Seen], same: set[Path]) -> list[str]:
@@ -148,7 +157,7 @@ def _near(seen: Sequence[_Seen], same: set[Path]) -> list[str]:
         for number, s in enumerate(kept):
             apart = np.bitwise_count(bits[number + 1 :] ^ s.bits).sum(1)
             pairs += [(s, kept[number + 1 + other]) for other in np.flatnonzero(apart <= NEAR)]
-    return [f"{a.file} ~ {b.file}" for a, b in pairs if a.split != b.split]
+    return [f"{a.file} ~ {b.file}" for a, b in pairs if a.split != b.split and _left(a.grey, b.grey) < NEAR_LEVELS]
 
 
 # ---- parts, and what training does of it -----------------------------------------------------------------------------
