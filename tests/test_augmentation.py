@@ -254,6 +254,18 @@ def test_a_large_jpeg_is_decoded_small_and_looks_the_same(orientation, tmp_path)
     assert min(image.width for image in sizes) < 1600
 
 
+@pytest.mark.parametrize("sides", [(1, 1), (1, 60), (60, 1), (2, 150)])
+def test_of_a_thin_image_a_pixel_at_least_is_left(sides):
+    picture = Image.new("RGB", sides, (10, 20, 30))
+
+    def read(draft):
+        draft(*sides[::-1])  # as if it were stored otherwise than it is told
+        return picture
+
+    for seed in range(30):
+        assert cropped(read, Images(size=32, crop_area=0.05), seed).shape == (32, 32, 3)
+
+
 def test_what_is_no_jpeg_is_decoded_in_full(tmp_path):
     Image.new("RGB", (640, 480)).save(tmp_path / "a.png")
     assert read_image(tmp_path / "a.png", draft=lambda w, h: (10, 10)).size == (640, 480)

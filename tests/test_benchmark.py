@@ -245,8 +245,19 @@ def test_the_loader_alone_is_measured(garment_folder, tmp_path):
         (["--data", "demo", "--workers", "many"], "--workers takes whole numbers from 0"),
         (["--data", "demo", "--rounds", "2"], "needs 8 rounds or more"),
         (["--data", "nowhere"], "there is no folder"),
+        (["--data", "demo", "--memory"], "--data goes with --recipe"),
+        (["nextvit_nano", "--workers", "1"], "--recipe and --workers go with --data"),
     ],
 )
 def test_what_cannot_be_measured_is_a_sentence(arguments, message):
     done = nextvit_here("benchmark", *arguments)
     assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+
+
+def test_a_loader_without_images_is_a_sentence(tmp_path):
+    for label in "ab":
+        (tmp_path / label).mkdir()
+        for index in range(3):
+            (tmp_path / label / f"{index}.jpg").write_bytes(b"no image")
+    done = nextvit_here("benchmark", "--data", tmp_path)
+    assert (done.returncode, "none of the images of" in done.stderr) == (2, True), done.stderr

@@ -305,3 +305,21 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("NEXTVIT_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(UserError, match="set NEXTVIT_CACHE"):
         read_split("demo", "val")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_is_upright_although_its_exif_cannot_be_written_again(orientation, tmp_path):
+    """Pillow's exif_transpose gives such an image up; the draft is asked with the upright size in any case."""
+    entries = [(0x0112, 3, 1, orientation.to_bytes(4, "little")), (0x0100, 2, 4, b"abc\0")]
+    tiff = b"II*\0\x08\0\0\0" + len(entries).to_bytes(2, "little")
+    for tag, kind, count, value in sorted(entries):
+        tiff += tag.to_bytes(2, "little") + kind.to_bytes(2, "little") + count.to_bytes(4, "little") + value
+    upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 48, 3), np.uint8)).resize((96, 32))
+    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # the transposition that undoes each one
+    stored = upright if orientation == 1 else upright.transpose(Image.Transpose(back[orientation]))
+    stored.save(tmp_path / "a.jpg", quality=100, subsampling=0, exif=b"Exif\0\0" + tiff + b"\0\0\0\0")
+    asked = []
+    found = read_image(tmp_path / "a.jpg", draft=lambda *size: asked.append(size) or size)
+    assert asked == [upright.size]
+    assert found.size == upright.size
+    assert np.abs(np.asarray(found, int) - np.asarray(upright, int)).mean() < 3

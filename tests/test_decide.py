@@ -31,7 +31,7 @@ def tiny(tmp_path_factory):
 def test_the_network_is_that_of_the_weights(training, tiny):
     found = decided(read_recipe("finetune", values={"weights": str(tiny)}), training)
     assert (found.model, found.weights) == ("nextvit_tiny", str(tiny))
-    assert found.optimizer.layer_decay == read_recipe("finetune").optimizer.layer_decay < 1
+    assert found.optimizer.layer_decay == 0.8
     assert found.optimizer.lr == 2.5e-4
     assert found.schedule.epochs == 100
     assert decided(found, training) == found, "what is decided stays"
@@ -40,6 +40,7 @@ def test_the_network_is_that_of_the_weights(training, tiny):
 def test_without_weights_it_is_the_smallest(training):
     found = decided(read_recipe("finetune", values={"weights": "none"}), training)
     assert (found.model, found.weights, found.optimizer.lr) == ("nextvit_nano", "none", 1e-3)
+    assert found.optimizer.layer_decay == 1
 
 
 def test_weights_that_cannot_be_read_are_an_error(training, tmp_path):
@@ -62,8 +63,10 @@ def test_the_rate_follows_from_the_batch(batch, rate, training):
 
 def test_what_is_said_is_kept(training):
     values = {"model": "nextvit_base", "weights": "none", "optimizer.lr": 3e-5, "schedule.epochs": 7}
+    values["optimizer.layer_decay"] = 0.9
     found = decided(read_recipe("finetune", values=values), training)
     assert (found.model, found.optimizer.lr, found.schedule.epochs) == ("nextvit_base", 3e-5, 7)
+    assert found.optimizer.layer_decay == 0.9
     assert parse_recipe(found.to_yaml(), "again") == found
 
 

@@ -267,6 +267,23 @@ def test_a_killed_loading_process_is_a_sentence(garment_folder, tmp_path, found)
     found(last[:90])
 
 
+def test_a_fault_in_a_loading_process_is_told_as_what_it_is(garment_folder, tmp_path):
+    """With the image, and not as a process that died, which resuming would mend."""
+    fail = (
+        "from nextvit.data import loader\n"
+        "def transform(read):\n"
+        "    raise ZeroDivisionError('by an honest mistake')\n"
+        "module.sample_transform = lambda *a: transform"
+    )
+    script_flags = ["--output", tmp_path / "run", "--workers", 1, "--image-size", 32, "--epochs", 2]
+    done = train_with(fail, garment_folder, *script_flags)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert "could not be prepared (ZeroDivisionError: by an honest mistake)" in last
+    assert str(garment_folder) in last
+    assert "--resume" not in last
+
+
 @pytest.mark.fault("T3", "a second SIGINT quits at once: exit 130, the older checkpoint loads")
 def test_a_second_signal_ends_the_process_at_once(garment_folder, tmp_path, found):
     twice = (

@@ -131,6 +131,19 @@ def test_a_set_that_cannot_be_had_leaves_nothing(fault, server, tmp_path, monkey
     assert not (tmp_path / "set").exists()
 
 
+def test_what_an_interrupted_call_unpacked_is_not_taken_for_the_set(server, tmp_path, monkeypatch):
+    counts = imagenette(*server, monkeypatch)
+    monkeypatch.setenv("NEXTVIT_CACHE", str(tmp_path / "cache"))
+    for split in ("train", "val"):
+        for wnid in datasets.Imagenette._WNID_TO_CLASS:
+            path = tmp_path / "cache" / "downloads" / "imagenette" / "imagenette2" / split / wnid / "0.JPEG"
+            path.parent.mkdir(parents=True)
+            path.write_bytes(picture(0, "JPEG"))
+    done = nextvit_here("data", "get", "imagenette", "--output", tmp_path / "set")
+    assert done.returncode == 0, done.stderr
+    assert [len(read_split(tmp_path / "set", split)) for split in ("train", "val")] == list(counts.values())
+
+
 def test_an_unknown_set_is_refused(tmp_path):
     done = nextvit_here("data", "get", "imagenet", "--output", tmp_path / "set")
     assert (done.returncode, "take one of imagenette, flowers102, pets" in done.stderr) == (2, True)

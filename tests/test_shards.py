@@ -125,7 +125,7 @@ def test_shards_are_read_where_they_are(url, packed, garment_folder, tmp_path):
 
 def test_a_place_that_cannot_be_read_is_a_sentence(url, tmp_path):
     for place in (f"{url}/nowhere", "nosuchscheme://bucket/set", "http://127.0.0.1:9/set"):
-        with pytest.raises(UserError, match=r"cannot be read|is no index"):
+        with pytest.raises(UserError, match="cannot be reached"):
             read_split(place, "train")
 
 
@@ -173,6 +173,7 @@ def test_shards_that_others_made_are_indexed(tmp_path, jpeg):
         ({"a.jpg": b"x", "a.cls": b"zero"}, "no shard that can be read"),
         ({"a.jpg": b"x", "a.cls": b"-3"}, "classes below 0"),
         ({}, "holds no images"),
+        ({"a.jpg": b"x", "a.cls": b"99999999999"}, "class numbers go up to"),
     ],
 )
 def test_shards_that_cannot_be_used_are_refused(members, message, tmp_path):
@@ -180,6 +181,98 @@ def test_shards_that_cannot_be_used_are_refused(members, message, tmp_path):
     with pytest.raises(UserError, match=message):
         write_index(tmp_path)
     assert not (tmp_path / "index.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (b"cat", "has 1 lines and the shards 2 classes"),
+        (b"cat\n\n", "line 2: '' is no name"),
+        (b"cat\n/etc\n", "line 2: '/etc' is no name"),
+        (b"cat\ncat\n", "is there twice"),
+        (b"caf\xe9\ndog\n", "is not UTF-8 text"),
+    ],
+)
+def test_labels_that_cannot_be_used_are_refused(labels, message, tmp_path, jpeg):
+    tar(tmp_path / "train.tar", {"a.jpg": jpeg, "a.cls": b"1"})
+    (tmp_path / "labels.txt").write_bytes(labels)
+    with pytest.raises(UserError, match=message):
+        write_index(tmp_path)
+
+
+def test_members_that_belong_to_no_image_are_told_and_links_refused(tmp_path, jpeg, capsys):
+    others = {"README": b"x", "._a.jpg": b"x"}
+    tar(tmp_path / "train 1.tar", {**others, "a.jpg": jpeg, "a.cls": b"0", "x/../b.jpg": jpeg, "x/../b.cls": b"1"})
+    (tmp_path / "labels.txt").write_bytes("\ufeffcat\ndog\n".encode())
+    assert write_index(tmp_path) == {"train": 2}
+    assert "2 other files" in capsys.readouterr().err
+    split = read_split(tmp_path, "train")
+    assert split.labels == ("cat", "dog")
+    assert split.read(1).size == split.read(0).size
+    with tarfile.open(tmp_path / "train 1.tar", "a") as file:
+        link = tarfile.TarInfo("c.jpg")
+        link.type, link.linkname = tarfile.LNKTYPE, "a.jpg"
+        file.addfile(link)
+    with pytest.raises(UserError, match=r"has c\.jpg, a link"):
+        write_index(tmp_path)
+
+
+def test_splits_with_other_classes_keep_their_labels(tmp_path, jpeg):
+    """As in folders: each split has its own classes, and they are matched by name."""
+    for place in ("train/a", "train/b", "train/c", "val/b", "val/c", "test/c", "test/d"):
+        folder = tmp_path / "data" / place
+        folder.mkdir(parents=True)
+        (folder / "1.jpg").write_bytes(jpeg)
+    pack(read_splits(tmp_path / "data"), tmp_path / "set")
+    for name in ("train", "val", "test"):
+        folder, shards = (read_split(tmp_path / data, name) for data in ("data", "set"))
+        assert (shards.labels, shards.targets, shards.sha256) == (folder.labels, folder.targets, folder.sha256)
+    trained = read_split(tmp_path / "set", "train").labels
+    assert read_split(tmp_path / "set", "val", trained).targets == (1, 2)
+    with pytest.raises(UserError, match="'d' that the model does not know"):
+        read_split(tmp_path / "set", "test", trained)
+
+
+def test_files_that_cannot_be_read_are_left_out_with_a_note(tmp_path, jpeg):
+    for label in "ab":
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for index in range(5):
+            (tmp_path / "data" / label / f"{index}.jpg").write_bytes(jpeg)
+    (tmp_path / "data" / "a" / "0.jpg").unlink()
+    (tmp_path / "data" / "a" / "0.jpg").symlink_to(tmp_path / "nowhere")
+    inside = nextvit_here("data", "pack", tmp_path / "data", "--output", tmp_path / "data" / "shards")
+    assert (inside.returncode, "lies among the images" in inside.stderr) == (2, True)
+    done = nextvit_here("data", "pack", tmp_path / "data", "--output", tmp_path / "set")
+    assert done.returncode == 0, done.stderr
+    assert "note: 1 files of train are left out" in done.stderr
+    assert len(read_split(tmp_path / "set", "train")) == 7
+    checked = nextvit_here("data", "check", tmp_path / "data", "--json")
+    assert checked.returncode == 0, checked.stderr
+    assert {f["kind"]: f["count"] for f in json.loads(checked.stdout)["findings"]}["unreadable"] == 1
+
+
+def test_an_archive_beside_folders_makes_no_shards_of_them(garment_folder, tmp_path):
+    import shutil
+
+    shutil.copytree(garment_folder, tmp_path / "data")
+    (tmp_path / "data" / "download.tar").write_bytes(b"")
+    (tmp_path / "data" / "index.json").write_text("{}")
+    assert read_split(tmp_path / "data", "train").labels == ("bag", "sandal", "trouser")
+
+
+def test_what_is_kept_of_a_url_is_kept_for_all(url, tmp_path, monkeypatch):
+    """By every loading process and every later run, in one place."""
+    from nextvit.data.loader import batches, eval_transform
+    from nextvit.metadata import Metadata
+
+    monkeypatch.setenv("NEXTVIT_CACHE", str(tmp_path / "cache"))
+    split, kept = read_split(f"filecache::{url}", "val"), []
+    for _ in range(2):
+        for batch in batches(split, eval_transform(Metadata("nextvit_nano")), workers=2):
+            assert not batch.rejected
+        kept.append({p.name for p in (tmp_path / "cache" / "shards").iterdir()})
+    assert kept[0] == kept[1]
+    assert len(kept[0]) >= 2, "the index, a shard, and a list of them"
 
 
 def test_shards_that_do_not_say_their_split_are_refused(tmp_path, jpeg):
@@ -202,6 +295,13 @@ CHANGES = {
     "a place before the start": lambda i: i["splits"]["train"]["offset"].__setitem__(0, -5),
     "columns of two lengths": lambda i: i["splits"]["train"]["size"].pop(),
     "text for a number": lambda i: i["splits"]["train"]["size"].__setitem__(0, "many"),
+    "a fraction for a class": lambda i: i["splits"]["train"]["targets"].__setitem__(0, 0.5),
+    "text for a class": lambda i: i["splits"]["train"]["targets"].__setitem__(0, "1"),
+    "a number too large": lambda i: i["splits"]["train"]["offset"].__setitem__(0, 2**64),
+    "a name that is no text": lambda i: i["splits"]["train"]["files"].__setitem__(0, "\ud800/x.jpg"),
+    "a label twice": lambda i: i["labels"].__setitem__(1, i["labels"][0]),
+    "labels that are text": lambda i: i.__setitem__("labels", "abc"),
+    "no splits": lambda i: i.__setitem__("splits", {}),
     "no labels": lambda i: i.pop("labels"),
     "another split": lambda i: i["splits"].__setitem__("extra", i["splits"]["train"]),
 }

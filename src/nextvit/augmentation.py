@@ -45,7 +45,8 @@ def sample_transform(images: Images, p: Preprocess) -> Transform:
         pixels = torch.from_numpy(np.array(read(draft)))
         height, width, _ = pixels.shape
         left, top, right, bottom = np.rint(box * (width, height, width, height)).astype(int)
-        part = pixels[top:bottom, left:right].permute(2, 0, 1)[None]
+        left, top = min(left, width - 1), min(top, height - 1)  # of a thin image a pixel at least is left
+        part = pixels[top : max(bottom, top + 1), left : max(right, left + 1)].permute(2, 0, 1)[None]
         # Pillow's own filter, a level apart at most, in a third of its time: torch has vector code for it.
         part = F.interpolate(part, (images.size, images.size), mode=p.interpolation, antialias=True)[0].permute(1, 2, 0)
         if torch.rand(1) < images.flip:

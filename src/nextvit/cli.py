@@ -415,7 +415,7 @@ def export(
     image_size: ImageSize = None,
     precision: Annotated[str, typer.Option(help="fp32, fp16, bf16 or int8, where the format has it.")] = "fp32",
     calibration: Annotated[
-        Path | None, typer.Option(help="For int8: a folder of images like those to come, or `demo`.")
+        str | None, typer.Option(metavar="DATA", help="For int8: a folder of images like those to come, or `demo`.")
     ] = None,
     max_drop: Annotated[
         float, typer.Option(min=0, help="For int8: points of accuracy that may be lost; layers stay float to keep it.")
@@ -520,8 +520,14 @@ def benchmark(
     if data is not None:
         if model:
             raise UserError("--data measures how images are loaded, without a model; leave the models out.")
-        _benchmark_loading(data, recipe, workers, image_size, rounds, output, as_json)
+        others = (runtimes, precision, batch_size, weights, device, threads, hint, memory, images, trust)
+        if others != ("folded", None, "1", None, "auto", None, "latency", False, None, False):
+            raise UserError("--data goes with --recipe, --workers, --image-size, --rounds, --seed and --output alone.")
+        values = {"images.size": image_size, "seed": seed}
+        _benchmark_loading(data, recipe, values, workers, rounds, output, as_json)
         return
+    if workers is not None or recipe != "default":
+        raise UserError("--recipe and --workers go with --data.")
     if not model:
         raise UserError("give a model to measure, or --data to measure how images are loaded.")
     from nextvit.benchmark import benchmark as run_benchmark
@@ -556,7 +562,13 @@ def benchmark(
 
 
 def _benchmark_loading(
-    data: str, name: str, workers: str | None, image_size: int | None, rounds: int, output: Path | None, as_json: bool
+    data: str,
+    name: str,
+    values: dict[str, Any],
+    workers: str | None,
+    rounds: int,
+    output: Path | None,
+    as_json: bool,
 ) -> None:
     from nextvit.data.sets import read_split
     from nextvit.devices import cpu_count
@@ -564,7 +576,7 @@ def _benchmark_loading(
     from nextvit.recipe import read_recipe
     from nextvit.report import loading_lines, write_loading
 
-    recipe = read_recipe(name, values={} if image_size is None else {"images.size": image_size})
+    recipe = read_recipe(name, values={key: value for key, value in values.items() if value is not None})
     split = read_split(data, "train")
     counts = _counts("--workers", workers, least=0) if workers else sorted({0, 1, cpu_count()})
     parts = measure_parts(split, recipe)

@@ -12,6 +12,7 @@ from nextvit.weights import PUBLISHED, TAGS, NotFetched, read_weights, resolve
 
 SMALLEST = VARIANTS[0].name
 IMAGES_TO_SEE, LEAST_EPOCHS, MOST_EPOCHS = 30_000, 10, 100
+LAYER_DECAY = 0.8
 RATE_FROM_SCRATCH, RATE_FROM_WEIGHTS, RATE_BATCH = 1e-3, 2.5e-4, 16
 
 
@@ -24,6 +25,9 @@ def decided(recipe: Recipe, training: Split) -> Recipe:
     if recipe.schedule.epochs is None:
         epochs = min(MOST_EPOCHS, max(LEAST_EPOCHS, round(IMAGES_TO_SEE / len(training))))
         recipe = replace(recipe, schedule=replace(recipe.schedule, epochs=epochs))
+    if recipe.optimizer.layer_decay is None:
+        decay = 1.0 if recipe.weights == "none" else LAYER_DECAY  # of random weights nothing is worth keeping
+        recipe = replace(recipe, optimizer=replace(recipe.optimizer, layer_decay=decay))
     if recipe.optimizer.lr is None:
         rate = RATE_FROM_SCRATCH if recipe.weights == "none" else RATE_FROM_WEIGHTS
         rate *= math.sqrt(min(recipe.batch_size, len(training)) / RATE_BATCH)  # the square-root rule, for Adam
@@ -46,8 +50,7 @@ def _with_model(recipe: Recipe) -> Recipe:
                 f"warning: {error} So {SMALLEST} starts from random weights here, which needs many more images to be "
                 "as good."
             )
-            optimizer = replace(recipe.optimizer, layer_decay=1.0, frozen_stages=0)  # nothing is worth keeping
-            return replace(recipe, model=SMALLEST, weights="none", optimizer=optimizer)
+            return replace(recipe, model=SMALLEST, weights="none")
         return replace(recipe, model=PUBLISHED[0], weights=recipe.weights or "in1k")
     if recipe.weights == "none":
         return replace(recipe, model=SMALLEST)

@@ -107,8 +107,10 @@ def measure_parts(split: Split, recipe: Recipe) -> ImageParts:
                 continue
     finally:
         torch.set_num_threads(threads)
+    if not times:
+        raise UserError(f"none of the images of {split.folder} can be read; `nextvit data check` says why.")
     read, augment = 1e3 * np.median(times[1:] or times, axis=0)
-    return ImageParts(len(times) - 1, float(read), float(augment))
+    return ImageParts(max(1, len(times) - 1), float(read), float(augment))
 
 
 def _read(split: Split, index: int, marks: list[float], draft: Draft | None) -> Image.Image:

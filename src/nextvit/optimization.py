@@ -26,7 +26,7 @@ def parameter_groups(model: NextViT, optimizer: Optimizer) -> list[dict[str, Any
         if not parameter.requires_grad:
             continue
         decay = optimizer.weight_decay if parameter.ndim > 1 else 0.0
-        scale = optimizer.layer_decay ** (depth["head"] - depth[_layer(name)])
+        scale = (optimizer.layer_decay or 1.0) ** (depth["head"] - depth[_layer(name)])
         group = groups.setdefault((scale, decay), {"params": [], "weight_decay": decay, "scale": scale})
         group["params"].append(parameter)
     return list(groups.values())

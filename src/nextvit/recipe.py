@@ -28,7 +28,9 @@ class Optimizer:
     lr: Positive | None = 1e-3  # peak, for the batch size as it is; None: by the batch and the weights it starts from
     weight_decay: NotNegative = 0.05  # not on biases and norms: the tensors of one dimension
     clip_norm: Positive = 5.0  # of the gradient of all parameters together
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the rate, from each block to the one before it
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = (
+        1.0  # of the rate, from each block to the one before it; None: by the weights that it starts from
+    )
     frozen_stages: Annotated[int, Field(ge=0, le=4)] = 0  # the stem and so many stages keep the weights they start with
 
     @property

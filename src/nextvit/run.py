@@ -126,10 +126,7 @@ def prepare(
         machine = _as_begun(machine, saved, folder)
     batch_size = _batch_size(data, recipe, len(training), processes)
     device, precision = _set_up(machine)
-    if processes.first:
-        checked = quick_check(training, validation, allow_bad=machine.allow_bad, strict=machine.strict_data)
-        for note in [*training.notes, *validation.notes, *checked]:
-            say(f"note: {note}.")
+    _look_at(training, validation, machine, processes)
 
     torch.manual_seed(recipe.seed)
     model = _model(recipe, training.labels, saved, told=wanted.weights is not None).to(device)
@@ -266,6 +263,20 @@ def _read(data: str | Path, recipe: Recipe) -> tuple[Split, Split]:
     if recipe.distillation.unlabelled is not None:
         training = with_unlabelled(training, recipe.distillation.unlabelled)
     return training, validation
+
+
+def _look_at(training: Split, validation: Split, machine: Machine, processes: Processes) -> None:
+    """The quick part of `data check`, by the first process; where it refuses the data, all of them end."""
+    problem: UserError | None = None
+    if processes.first:
+        try:
+            checked = quick_check(training, validation, allow_bad=machine.allow_bad, strict=machine.strict_data)
+            for note in [*training.notes, *validation.notes, *checked]:
+                say(f"note: {note}.")
+        except UserError as error:
+            problem = error
+    if any(processes.gather(problem is not None)):
+        raise problem or SystemExit(2)  # the first one tells why
 
 
 def _fingerprint(training: Split, validation: Split) -> dict[str, Any]:

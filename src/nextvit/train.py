@@ -21,7 +21,7 @@ from nextvit.augmentation import draw_mixing, erase, mix, sample_transform
 from nextvit.backbone import NextViT
 from nextvit.checkpoints import BEST, LAST, WEIGHTS, Epoch, owned
 from nextvit.create import open_checkpoint
-from nextvit.data.loader import Batch, batches, eval_transform
+from nextvit.data.loader import NOT_PREPARED, Batch, batches, eval_transform
 from nextvit.data.seeds import generator, word
 from nextvit.devices import DTYPES
 from nextvit.errors import Diverged, Interrupted, LoaderDied, OutOfMemory, UserError, short_of_memory
@@ -77,9 +77,12 @@ def train(
                 if received and processes.count == 1:
                     raise _interrupted(run, received[0])
         except (RuntimeError, MemoryError) as error:
-            if "DataLoader worker" in str(error):  # torch raises it wherever the run is
+            if "DataLoader worker (pid" in str(error):  # torch raises it wherever the run is
                 cause = str(error).partition("\n")[0].strip().rstrip(".")
-                raise LoaderDied(f"{cause}: it loaded images; go on with --resume {folder}.") from error
+                go_on = f"go on with --resume {folder}" if (folder / LAST).exists() else "start the run again"
+                raise LoaderDied(f"{cause}: it loaded images; {go_on}.") from error
+            if NOT_PREPARED in str(error):  # from a loading process, with its traceback before it
+                raise RuntimeError(str(error).strip().splitlines()[-1]) from error
             if not short_of_memory(error):
                 raise
             raise OutOfMemory(

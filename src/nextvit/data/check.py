@@ -1,5 +1,6 @@
 """What is wrong with a folder of images, before anything is learnt from it."""
 
+import contextlib
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -211,12 +212,14 @@ def _equal(splits: Sequence[Split]) -> tuple[list[list[Path]], list[list[Path]]]
     by_size = defaultdict(list)
     for split in splits:
         for index in range(len(split)):
-            by_size[split.size(index)].append((split, index))
+            with contextlib.suppress(ImageRejected):  # what cannot be read is a finding of its own
+                by_size[split.size(index)].append((split, index))
     by_hash = defaultdict(list)
     for files in by_size.values():
         if len(files) > 1:
             for split, index in files:
-                by_hash[hashlib.sha256(split.content(index)).digest()].append((split, index))
+                with contextlib.suppress(ImageRejected):
+                    by_hash[hashlib.sha256(split.content(index)).digest()].append((split, index))
     across: list[list[Path]] = []
     within: list[list[Path]] = []
     for group in by_hash.values():

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from nextvit.errors import UserError
 from nextvit.metadata import Metadata, Preprocess
@@ -19,7 +19,16 @@ MAX_SIDE = 32_768
 MAX_ASPECT = 100  # resized by its short side, a thinner image would take gigabytes
 
 ORIENTATION = 0x0112  # in EXIF
-ROTATED = (5, 6, 7, 8)  # EXIF orientations that swap the sides
+T = Image.Transpose
+UPRIGHT = {  # what makes an image of that orientation upright; from 5 on it swaps the sides
+    2: T.FLIP_LEFT_RIGHT,
+    3: T.ROTATE_180,
+    4: T.FLIP_TOP_BOTTOM,
+    5: T.TRANSPOSE,
+    6: T.ROTATE_270,
+    7: T.TRANSVERSE,
+    8: T.ROTATE_90,
+}
 
 ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray
 Draft = Callable[[int, int], tuple[float, float]]  # width and height -> the least of both that is wanted
@@ -69,7 +78,7 @@ def read_image(
                         f"{name} has {width} x {height} pixels; one side may be {MAX_ASPECT} times the other."
                     )
                 if draft is not None:
-                    turned = -1 if image.getexif().get(ORIENTATION) in ROTATED else 1
+                    turned = -1 if _orientation(image) >= 5 else 1
                     image.draft(None, tuple(int(side) for side in draft(*image.size[::turned])[::turned]))
                 return _upright_rgb(image, name)
     except ImageRejected:
@@ -85,11 +94,8 @@ def read_image(
 
 def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
     image.load()
-    try:
-        if image.getexif().get(ORIENTATION, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-    except Exception:  # EXIF that cannot be parsed says nothing about the orientation; the pixels are good
-        pass
+    if (orientation := _orientation(image)) > 1:
+        image = image.transpose(UPRIGHT[orientation])
     if image.mode.startswith("I"):  # 16 bits: scale, where convert() would clip to white
         levels = np.asarray(image).astype(np.int64)
         image = Image.fromarray(((np.clip(levels, 0, 65535) + 128) // 257).astype(np.uint8))
@@ -99,6 +105,15 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    """By its EXIF, 1 to 8; 1 is upright. Pillow's own exif_transpose also writes EXIF anew, and odd ones break it."""
+    try:
+        found = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # EXIF that cannot be parsed says nothing about the orientation; the pixels are good
+        return 1
+    return found if found in UPRIGHT else 1
 
 
 def preprocess(image: Image.Image, p: Preprocess) -> np.ndarray:

@@ -21,6 +21,7 @@ from nextvit.devices import cpu_count
 from nextvit.metadata import Metadata
 from nextvit.progress import say
 
+NOT_PREPARED = "could not be prepared"
 AHEAD = 2  # batches that each loading process may be ahead
 Read = Callable[[Draft | None], Image.Image]  # the image, or less of it where that will do
 Transform = Callable[[Read], Tensor]
@@ -53,6 +54,8 @@ class _Images(Dataset):
                 return index, self.transform(partial(self.split.read, index))
         except ImageRejected as error:
             return index, str(error)
+        except Exception as error:  # a fault of ours, which would be told without the image from another process
+            raise RuntimeError(f"{self.split.files[index]} {NOT_PREPARED} ({type(error).__name__}: {error})") from error
 
 
 class _Collate:

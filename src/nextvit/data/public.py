@@ -2,14 +2,16 @@
 
 import os
 import shutil
+import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from nextvit.errors import UserError
+from nextvit.errors import DiskFull, UserError
 from nextvit.extras import need
-from nextvit.files import cache_folder, replacing
+from nextvit.files import FULL, cache_folder, replacing
 from nextvit.progress import say, track
 
 HELD_OUT = 5  # of a set without a val split every fifth training image of a class validates
@@ -32,11 +34,17 @@ def fetch(name: str, folder: Path) -> dict[str, int]:
     say(f"fetching {name} by way of {root} ...")
     try:
         root.mkdir(parents=True, exist_ok=True)
-        found = list(SETS[name](datasets, root))
-    except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors; RuntimeError: not the file it should be
+        lay_out, unpacked = SETS[name]
+        for part in unpacked:  # by a call that was interrupted, perhaps not whole; torchvision would not look
+            shutil.rmtree(root / part, ignore_errors=True)
+        found = list(lay_out(datasets, root))
+    except (OSError, RuntimeError, HTTPException, EOFError, tarfile.TarError) as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise DiskFull(f"{root} cannot hold {name}: {error.strerror}; make room, or set NEXTVIT_CACHE.") from error
+        why = (str(error).splitlines() or [""])[0].strip("<>") or type(error).__name__
         raise UserError(
-            f"{name} cannot be fetched ({str(error).splitlines()[0].strip('<>')}); it needs a network. Run the same "
-            "again to go on, or lay out images of your own as docs/train.md says."
+            f"{name} cannot be fetched ({why}); it needs a network. Run the same again to go on, or lay out images of "
+            "your own as docs/train.md says."
         ) from error
     counts: Counter[str] = Counter()
     with replacing(folder) as unfinished:
@@ -80,4 +88,8 @@ def _pets(datasets: Any, root: Path) -> Iterator[Placed]:
             yield Path(mask), Path("masks", place).with_suffix(".png")
 
 
-SETS = {"imagenette": _imagenette, "flowers102": _flowers102, "pets": _pets}
+SETS = {  # and where torchvision unpacks them
+    "imagenette": (_imagenette, ["imagenette2"]),
+    "flowers102": (_flowers102, ["flowers-102/jpg"]),
+    "pets": (_pets, ["oxford-iiit-pet/images", "oxford-iiit-pet/annotations"]),
+}

@@ -2,9 +2,11 @@
 
 import hashlib
 import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -14,8 +16,10 @@ from nextvit import imagenet
 from nextvit.data.images import Draft, ImageRejected, image_files, printable, read_image
 from nextvit.data.seeds import generator
 from nextvit.errors import UserError
+from nextvit.files import cache_folder
 
 UNLABELLED = -1  # the target of an image without a label
+CACHING = ("filecache", "simplecache", "blockcache")  # fsspec's, before the URL that they keep
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +35,7 @@ class Places:
         """The bytes of one image; ImageRejected where they cannot be had."""
         url, start, size = self.urls[self.shard[index]], int(self.offset[index]), int(self.size[index])
         try:
-            system, path = fsspec.core.url_to_fs(url)  # cached, and made anew in a forked process
+            system, path = file_system(url)
             found: bytes = system.cat_file(path, start=start, end=start + size)
         except Exception as error:  # every file system has errors of its own
             raise ImageRejected(f"{printable(url)} cannot be read at {start} ({type(error).__name__}).") from error
@@ -62,12 +66,23 @@ class Split:
         return read_image(self.places.content(index), name=self.files[index], draft=draft)
 
     def content(self, index: int) -> bytes:
-        """The image as it is stored."""
-        return self.files[index].read_bytes() if self.places is None else self.places.content(index)
+        """The image as it is stored; ImageRejected where there is none."""
+        if self.places is not None:
+            return self.places.content(index)
+        self.size(index)
+        return self.files[index].read_bytes()
 
     def size(self, index: int) -> int:
-        """In bytes."""
-        return self.files[index].stat().st_size if self.places is None else int(self.places.size[index])
+        """In bytes; ImageRejected where there is no regular file."""
+        if self.places is not None:
+            return int(self.places.size[index])
+        try:
+            found = os.stat(self.files[index])
+        except OSError as error:
+            raise ImageRejected(f"{printable(self.files[index])} cannot be read: {error.strerror}.") from error
+        if not stat.S_ISREG(found.st_mode):
+            raise ImageRejected(f"{printable(self.files[index])} is not a regular file.")
+        return found.st_size
 
     def order(self, *numbers: int) -> np.ndarray:
         """All indices, shuffled: a function of the numbers alone, such as seed and epoch."""
@@ -79,6 +94,17 @@ class Split:
         names = (os.fsencode(os.path.relpath(file, self.folder)) for file in self.files)
         lines = (b"%d %s\0" % (target, name) for target, name in zip(self.targets, names, strict=True))
         return hashlib.sha256(b"".join(lines)).hexdigest()
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """fsspec's file system for a URL, and the path there; kept for the process, and made anew in a forked one.
+
+    What `filecache::` and the like keep lies in our own cache, for all processes and for later runs.
+    """
+    first = url.partition("::")[0]
+    kept = {first: {"cache_storage": str(cache_folder() / "shards")}} if first in CACHING else {}
+    system, path = fsspec.core.url_to_fs(url, **kept)
+    return system, path
 
 
 def numbered(
