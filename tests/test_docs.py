@@ -40,7 +40,7 @@ def run(folder: Path, *texts: str) -> None:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     for line in "".join(texts).splitlines():
         done = subprocess.run(
-            line, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=400
+            line, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=900
         )
         assert done.returncode == 0, f"{line}\n{done.stderr}"
 

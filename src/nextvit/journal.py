@@ -1,6 +1,7 @@
 """What is told about a run while it goes on: TensorBoard always, and the services that were asked for."""
 
 import contextlib
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -71,7 +72,7 @@ def _wandb(folder: Path, recipe: dict[str, Any]) -> Iterator[Write]:
     wandb = need("wandb", extra="wandb")
     note = folder / "wandb.id"  # two run folders may have one name, and a resumed run goes on under its own
     if not note.exists():
-        write_text(note, wandb.util.generate_id())
+        write_text(note, secrets.token_hex(4))
     number = note.read_text(encoding="utf-8")
     run = wandb.init(project="nextvit", name=folder.name, id=number, dir=folder, config=recipe, resume="allow")
     try:

@@ -4,11 +4,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from nextvit.exporters.graph import PREFIX, onnx_graph, with_preprocessing
 from nextvit.exporters.job import Job, Written
-from nextvit.exporters.quantization import Int8, Plan, nncf_plans, quantize
+from nextvit.exporters.quantization import Int8, Plan, onnx_plans, quantize
 from nextvit.extras import need
 from nextvit.files import OPEN_SEAL, close_seal
 from nextvit.metadata import Metadata
@@ -19,7 +17,7 @@ def write(job: Job) -> Written:
     """Write an ONNX file."""
     graph = onnx_graph(job, half=job.metadata.precision == "fp16")
     if job.calibration is not None:
-        graph = quantize(graph, job.calibration, _forward, job.plan)
+        graph = quantize(graph, job.calibration, job.plan)
     if job.metadata.takes_pixels:
         graph = with_preprocessing(graph, job)
     save(graph, job.path, job.metadata)
@@ -33,11 +31,6 @@ def save(graph: Any, path: Path, metadata: Metadata) -> None:
     onnx.checker.check_model(graph)
     onnx.save(graph, path)
     close_seal(path)
-
-
-def _forward(session: Any, batch: np.ndarray) -> np.ndarray:
-    logits: np.ndarray = session.run(None, {"image": batch})[0][0]
-    return logits
 
 
 def float_layers(path: Path, plan: Plan) -> list[str]:
@@ -55,4 +48,4 @@ def float_layers(path: Path, plan: Plan) -> list[str]:
     return [node.name for node in nodes if node.op_type in kinds and not node.name.startswith(PREFIX)]
 
 
-INT8 = Int8(("nncf", "int8"), nncf_plans, float_layers)
+INT8 = Int8(("nncf", "int8"), onnx_plans, float_layers)

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from nextvit.exporters.graph import PREFIX, onnx_graph, preprocessing_graph
 from nextvit.exporters.job import Job, Written
 from nextvit.exporters.quantization import Int8, Plan, nncf_plans, quantize
@@ -26,7 +24,7 @@ def write(job: Job) -> Written:
     ir = core().read_model(onnx_graph(job).SerializeToString())
     if job.calibration is not None:
         _make_group_weights_constant(ir, ov)
-        ir = quantize(ir, job.calibration, _forward, job.plan)
+        ir = quantize(ir, job.calibration, job.plan)
     if job.metadata.takes_pixels:
         ir = _behind(core().read_model(preprocessing_graph(job).SerializeToString()), ir, ov)
     ir.set_rt_info(job.metadata.to_json(), [METADATA_KEY, "metadata"])
@@ -55,11 +53,6 @@ def _make_group_weights_constant(ir: Any, ov: Any) -> None:
             weights = reshape.input_value(0).get_node().get_data().reshape(reshape.get_output_shape(0))
             node.input(1).replace_source_output(ov.opset13.constant(weights).output(0))
     ir.validate_nodes_and_infer_types()
-
-
-def _forward(compiled: Any, batch: np.ndarray) -> np.ndarray:
-    logits: np.ndarray = compiled(batch)[0][0]
-    return logits
 
 
 def float_layers(path: Path, plan: Plan) -> list[str]:

@@ -3,9 +3,10 @@
 import contextlib
 import logging
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,6 @@ from nextvit.runtime.session import Session
 RESIDUALS = r"stages\.\d+\.blocks\.\d+/Add.*"  # names of the additions that make the residual stream
 RANKED = 64  # images that tell which layers are sensitive
 SHARES = (1 / 8, 1 / 4, 1 / 2)  # of the parts that are left in float, in turn
-
-Forward = Callable[[Any, np.ndarray], np.ndarray]  # a graph as NNCF prepared it, a batch -> logits
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,13 @@ def nncf_plans(form: nn.Module, calibration: Calibration, max_drop: float, truth
     """What to try in turn with NNCF where all int8 loses too much, from the fastest to the most accurate."""
     yield Plan(float_residual=True)
     yield Plan(float_residual=True, max_drop=max_drop, truth=truth)
+
+
+def onnx_plans(form: nn.Module, calibration: Calibration, max_drop: float, truth: np.ndarray) -> Iterator[Plan]:
+    """The same for ONNX graphs, in which NNCF cannot restore accuracy itself: sensitive parts stay float."""
+    yield Plan(float_residual=True)
+    for plan in part_plans(form, calibration, max_drop, truth):
+        yield replace(plan, float_residual=True)
 
 
 def part_plans(form: nn.Module, calibration: Calibration, max_drop: float, truth: np.ndarray) -> Iterator[Plan]:
@@ -107,13 +113,13 @@ class Accuracy:
         return {**asdict(self), "drop": self.drop}
 
 
-def quantize(graph: Any, calibration: Calibration, forward: Forward, plan: Plan) -> Any:
+def quantize(graph: Any, calibration: Calibration, plan: Plan) -> Any:
     """An int8 copy of an ov.Model or an onnx.ModelProto with input `image`, its nodes named for their layers."""
     nncf = need("nncf", extra="int8")
     nncf.set_log_level(logging.ERROR)
     options: dict[str, Any] = {
         "preset": nncf.QuantizationPreset.PERFORMANCE,
-        "ignored_scope": nncf.IgnoredScope(patterns=[RESIDUALS] if plan.float_residual else [], validate=False),
+        "ignored_scope": nncf.IgnoredScope(patterns=_left_alone(plan), validate=False),
         "subset_size": len(calibration.calibrate),
     }
     samples = nncf.Dataset(calibration.calibrate, lambda image: {"image": image})
@@ -124,7 +130,7 @@ def quantize(graph: Any, calibration: Calibration, forward: Forward, plan: Plan)
 
         def validate(model: Any, indices: Iterable[int]) -> tuple[float, list[list[np.ndarray]]]:
             chosen = list(indices)
-            logits = [forward(model, images[index]) for index in chosen]
+            logits = [model(images[index])[0][0] for index in chosen]  # compiled by OpenVINO
             right = [row.argmax() == truth[index] for row, index in zip(logits, chosen, strict=True)]
             return float(np.mean(right)), [[row] for row in logits]
 
@@ -137,6 +143,11 @@ def quantize(graph: Any, calibration: Calibration, forward: Forward, plan: Plan)
             advanced_accuracy_restorer_parameters=nncf.AdvancedAccuracyRestorerParameters(ranking_subset_size=RANKED),
             **options,
         )
+
+
+def _left_alone(plan: Plan) -> list[str]:
+    """Patterns of the names of nodes that stay float."""
+    return [RESIDUALS] * plan.float_residual + [rf"{re.escape(part)}\..*" for part in plan.float_parts]
 
 
 def logits_of(session: Session, images: Images, label: str) -> np.ndarray:
