@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,13 @@ class Accuracy:
 def quantize(graph: Any, calibration: Calibration, plan: Plan) -> Any:
     """An int8 copy of an ov.Model or an onnx.ModelProto with input `image`, its nodes named for their layers."""
     nncf = need("nncf", extra="int8")
+    ranges = import_module("nncf.quantization.range_estimator").RangeEstimatorParametersSet
     nncf.set_log_level(logging.ERROR)
+    # Ranges of the least squared error: NNCF's means of extremes cut off what the network needs. Its correction of
+    # biases makes ONNX graphs much worse (97 % same labels, not 99.7 %) and changes nothing in OpenVINO's.
+    advanced = nncf.AdvancedQuantizationParameters(
+        activations_range_estimator_params=ranges.HISTOGRAM, disable_bias_correction=True
+    )
     options: dict[str, Any] = {
         "preset": nncf.QuantizationPreset.PERFORMANCE,
         "ignored_scope": nncf.IgnoredScope(patterns=_left_alone(plan), validate=False),
@@ -125,7 +132,7 @@ def quantize(graph: Any, calibration: Calibration, plan: Plan) -> Any:
     samples = nncf.Dataset(calibration.calibrate, lambda image: {"image": image})
     with contextlib.redirect_stdout(sys.stderr):  # its progress; standard output is kept for results
         if plan.max_drop is None or plan.truth is None:
-            return nncf.quantize(graph, samples, **options)
+            return nncf.quantize(graph, samples, advanced_parameters=advanced, **options)
         images, truth = calibration.measure, plan.truth
 
         def validate(model: Any, indices: Iterable[int]) -> tuple[float, list[list[np.ndarray]]]:
@@ -140,6 +147,7 @@ def quantize(graph: Any, calibration: Calibration, plan: Plan) -> Any:
             nncf.Dataset(range(len(images)), lambda index: {"image": images[index]}),
             validate,
             max_drop=plan.max_drop / 100,
+            advanced_quantization_parameters=advanced,
             advanced_accuracy_restorer_parameters=nncf.AdvancedAccuracyRestorerParameters(ranking_subset_size=RANKED),
             **options,
         )
