@@ -1,17 +1,22 @@
 """Shared by the tests: networks whose outputs depend on their input, and small folders of real images."""
 
 import contextlib
+import functools
 import io
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from nextvit import create_model, export
 from nextvit.cli import main
 from nextvit.data.demo_images import garments
+from nextvit.files import parts
 
 FAULTS: list[tuple[str, str, str, str]] = []  # id, expected, found, outcome
 REPOSITORY = Path(__file__).parents[1]
@@ -84,6 +89,24 @@ def trained(garment_folder, tmp_path_factory) -> Path:
     done = nextvit("train", garment_folder, "--epochs", 2, "--image-size", 32, "--output", run)
     assert done.returncode == 0, done.stderr
     return run
+
+
+@pytest.fixture(scope="session")
+def small_file(tmp_path_factory) -> Callable[[str, Path], Path]:
+    """Copies into a folder a network that is written once a format: nano, four classes, 64 pixels, fixed."""
+
+    @functools.cache
+    def written(ending: str) -> Path:
+        path = tmp_path_factory.mktemp("small") / f"m{ending}"
+        export(fill(create_model("nextvit_nano", num_classes=4)), path, image_size=64, dynamic=False)
+        return path
+
+    def copied(ending: str, folder: Path) -> Path:
+        for file in parts(written(ending)):
+            shutil.copy(file, folder)
+        return folder / f"m{ending}"
+
+    return copied
 
 
 def nextvit(*arguments: object, **kwargs) -> subprocess.CompletedProcess:

@@ -36,7 +36,7 @@ def test_help_and_the_package_do_not_load_torch():
 def test_importing_the_package_costs_little_beside_torch():
     script = "import time, torch; s = time.perf_counter(); import nextvit; nextvit.create_model;"
     script += "print(time.perf_counter() - s)"
-    seconds = min(float(subprocess.check_output([sys.executable, "-c", script])) for _ in range(3))
+    seconds = min(float(subprocess.check_output([sys.executable, "-c", script])) for _ in range(2))
     assert seconds < 0.5
 
 
@@ -231,15 +231,6 @@ def test_a_second_run_of_the_same_name_gets_a_number(garment_folder, tmp_path, m
         done = nextvit_here("train", garment_folder, "--epochs", 1, "--image-size", 32)
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "runs" / expected / "model.safetensors").exists()
-
-
-def test_a_tag_without_network_answers_quickly():
-    start = time.perf_counter()
-    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"}
-    done = nextvit("train", "demo", "--model", "nextvit_small", env=environment)
-    assert done.returncode == 2
-    assert "--weights none" in done.stderr
-    assert time.perf_counter() - start < 40
 
 
 def test_weights_are_not_ignored_where_they_do_not_belong(tmp_path):

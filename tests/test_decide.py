@@ -82,3 +82,4 @@ def test_finetune_without_a_network_starts_small_and_says_so(garment_folder, tmp
     assert "layer_decay: 1.0" in (tmp_path / "run" / "recipe.yaml").read_text()
     told = nextvit("train", garment_folder, *flags, "--weights", "in1k", env=environment)
     assert told.returncode == 2, "weights that are asked for by name are not replaced"
+    assert "--weights none" in told.stderr

@@ -149,9 +149,8 @@ def test_stages_show_where_a_file_goes_wrong(tmp_path, monkeypatch):
 
 @pytest.mark.fault("K4", "a flipped bit in .onnx, .xml, .bin: found")
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_flipped_bits_and_missing_parts_are_found(ending, tmp_path):
-    path = tmp_path / f"m{ending}"
-    nextvit.export(fill(nextvit.create_model("nextvit_nano", num_classes=4)), path)
+def test_flipped_bits_and_missing_parts_are_found(ending, small_file, tmp_path):
+    path = small_file(ending, tmp_path)
     for file in parts(path):
         good = file.read_bytes()
         for place in np.linspace(0, len(good) - 1, 25).astype(int):
@@ -170,13 +169,12 @@ def test_flipped_bits_and_missing_parts_are_found(ending, tmp_path):
     nextvit.load(path)
 
 
-def test_a_foreign_onnx_file_and_one_with_tensors_elsewhere_are_refused(tmp_path):
+def test_a_foreign_onnx_file_and_one_with_tensors_elsewhere_are_refused(small_file, tmp_path):
     import onnx
 
     from nextvit.files import OPEN_SEAL, close_seal
 
-    nextvit.export(fill(nextvit.create_model("nextvit_nano", num_classes=4)), tmp_path / "m.onnx")
-    model = onnx.load(tmp_path / "m.onnx")
+    model = onnx.load(small_file(".onnx", tmp_path))
     bare = onnx.ModelProto()
     bare.CopyFrom(model)
     del bare.metadata_props[:]
@@ -192,7 +190,7 @@ def test_a_foreign_onnx_file_and_one_with_tensors_elsewhere_are_refused(tmp_path
 
 
 @pytest.mark.parametrize("kind", ["../x", "a/../../x", "absolute", "symlink", "hard link", "linked folder"])
-def test_tensors_outside_the_file_are_refused_before_a_runtime_sees_them(kind, small_onnx, tmp_path):
+def test_tensors_outside_the_file_are_refused_before_a_runtime_sees_them(kind, small_file, tmp_path):
     """However the other file is named or linked: its bytes must not come out as outputs."""
     import onnx
 
@@ -209,7 +207,7 @@ def test_tensors_outside_the_file_are_refused_before_a_runtime_sees_them(kind, s
     elif kind == "linked folder":
         (folder / "linked").symlink_to(tmp_path)
         location = "linked/secret"
-    model = onnx.load(small_onnx)
+    model = onnx.load(small_file(".onnx", tmp_path))
     tensor = model.graph.initializer[0]
     tensor.ClearField("raw_data")
     tensor.data_location = onnx.TensorProto.EXTERNAL
@@ -224,23 +222,16 @@ def test_tensors_outside_the_file_are_refused_before_a_runtime_sees_them(kind, s
         nextvit.load(folder / "m.onnx")
 
 
-@pytest.fixture(scope="module")
-def small_onnx(tmp_path_factory):
-    path = tmp_path_factory.mktemp("onnx") / "m.onnx"
-    nextvit.export(fill(nextvit.create_model("nextvit_nano", num_classes=4)), path, image_size=64, dynamic=False)
-    return path
-
-
 @pytest.mark.parametrize(
     "fault",
     ["none", "huge", "wrong count", "no object", "extra entry", "size", "crop", "std", "classes", "precision", "task"],
 )
-def test_metadata_that_is_not_ours_is_refused(fault, small_onnx, tmp_path):
+def test_metadata_that_is_not_ours_is_refused(fault, small_file, tmp_path):
     import onnx
 
     from nextvit.files import OPEN_SEAL, close_seal
 
-    model = onnx.load(small_onnx)
+    model = onnx.load(small_file(".onnx", tmp_path))
     notes = {entry.key: entry.value for entry in model.metadata_props}
     record = json.loads(notes["nextvit"])
     changed = {
@@ -267,12 +258,12 @@ def test_metadata_that_is_not_ours_is_refused(fault, small_onnx, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_metadata_with_another_number_of_classes_than_outputs_is_refused(small_onnx, tmp_path, garment_folder):
+def test_metadata_with_another_number_of_classes_than_outputs_is_refused(small_file, tmp_path, garment_folder):
     import onnx
 
     from nextvit.files import OPEN_SEAL, close_seal
 
-    model = onnx.load(small_onnx)
+    model = onnx.load(small_file(".onnx", tmp_path))
     notes = {entry.key: entry.value for entry in model.metadata_props}
     record = json.dumps({**json.loads(notes["nextvit"]), "num_classes": 2, "labels": ["a", "b"]})
     onnx.helper.set_model_props(model, {**notes, "nextvit": record, "sha256": OPEN_SEAL})
@@ -282,12 +273,12 @@ def test_metadata_with_another_number_of_classes_than_outputs_is_refused(small_o
     assert (done.returncode, "gives 4 outputs" in done.stderr) == (2, True), done.stderr
 
 
-def test_labels_full_of_markup_come_out_harmless(small_onnx, tmp_path, garment_folder):
+def test_labels_full_of_markup_come_out_harmless(small_file, tmp_path, garment_folder):
     import onnx
 
     from nextvit.files import OPEN_SEAL, close_seal
 
-    model = onnx.load(small_onnx)
+    model = onnx.load(small_file(".onnx", tmp_path))
     notes = {entry.key: entry.value for entry in model.metadata_props}
     labels = ["<script>alert(1)</script>", "\x1b[31mred", "=cmd()", "line\nbreak"]
     record = json.dumps({**json.loads(notes["nextvit"]), "labels": labels})
@@ -377,10 +368,10 @@ def test_a_predictor_takes_paths_pil_images_and_arrays_alike(trained, garment_fo
         predictor.run(np.zeros((3, 32, 32), np.float32))
 
 
-def test_precision_is_set_explicitly_or_refused(tmp_path):
+def test_precision_is_set_explicitly_or_refused(small_file, tmp_path):
     from nextvit.runtime.openvino_session import core
 
-    nextvit.export(fill(nextvit.create_model("nextvit_nano", num_classes=4)), tmp_path / "m.xml")
+    small_file(".xml", tmp_path)
     assert nextvit.load(tmp_path / "m.xml").session.setup.precision == "fp32"
     able = "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if able:

@@ -225,15 +225,16 @@ def test_precision_and_calibration_must_fit_each_other(tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("int8", marks=pytest.mark.slow)])
-def test_files_that_are_closed_in_any_order_leave_signals_alone(precision, tmp_path):
+def test_files_that_are_closed_in_any_order_leave_signals_alone(precision, small_file, tmp_path):
     """A core of OpenVINO brings a signal stack; several that go in the wrong order let the next signal kill us."""
     script = (
         "import faulthandler, signal, subprocess, sys\n"
         "import nextvit\n"
         "faulthandler.enable()  # as pytest and notebooks have it\n"
-        "model = nextvit.create_model('nextvit_nano', num_classes=3)\n"
-        "kw = {'calibration': 'demo', 'max_drop': None} if sys.argv[2] == 'int8' else {}\n"
-        "nextvit.export(model, sys.argv[1], image_size=32, precision=sys.argv[2], **kw)\n"
+        "if sys.argv[2] == 'int8':\n"
+        "    model = nextvit.create_model('nextvit_nano', num_classes=3)\n"
+        "    kw = {'precision': 'int8', 'calibration': 'demo', 'max_drop': None}\n"
+        "    nextvit.export(model, sys.argv[1], image_size=32, **kw)\n"
         "open_files = [nextvit.load(sys.argv[1]) for _ in range(4)]\n"
         "while open_files:\n"
         "    del open_files[0]\n"
@@ -241,6 +242,6 @@ def test_files_that_are_closed_in_any_order_leave_signals_alone(precision, tmp_p
         "subprocess.run(['true'])\n"
         "print('alive')\n"
     )
-    command = [sys.executable, "-c", script, tmp_path / "m.xml", precision]
+    command = [sys.executable, "-c", script, small_file(".xml", tmp_path), precision]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "alive"), done.stderr

@@ -88,7 +88,8 @@ def test_fine_tuning_changes_the_form_alone_and_comes_nearer_to_the_model(broken
     assert rounding.finetune(again, model, batches, epochs=6) == (first, last), "the same seed gives the same network"
 
 
-@pytest.mark.parametrize("ending", [".xml", pytest.param(".pte", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", [".xml", ".pte"])
 def test_an_int8_file_of_a_network_that_rounding_breaks_is_saved_by_it(ending, broken_by_rounding, images, tmp_path):
     kw = {"precision": "int8", "calibration": images, "max_drop": None, "dynamic": False}
     plain = nextvit.export(broken_by_rounding, tmp_path / f"a{ending}", **kw)
