@@ -1,4 +1,4 @@
-"""Few images: fine-tuning after other classes beside training from scratch, with three seeds.
+"""Few images: fine-tuning after other classes beside training from scratch, with five seeds.
 
     OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0 python benchmarks/finetune.py --output finetune.csv
 
@@ -52,7 +52,7 @@ def top1(run: Path, test: Path) -> float:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--rates", nargs="+", type=float, default=[None], help="instead of the recipe's own")
     parser.add_argument("--epochs", type=int, default=6, help="on the first five classes")
     parser.add_argument("--output", type=Path, default=Path("finetune.csv"))

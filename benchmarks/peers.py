@@ -29,7 +29,7 @@ from nextvit.optimization import learning_rate
 from nextvit.progress import track
 from nextvit.recipe import Recipe, read_recipe
 
-MODELS = ("nextvit_nano", "resnet10t", "mobilenetv2_140", "pvt_v2_b0", "edgenext_x_small", "repvit_m0_9")
+MODELS = ("nextvit_nano", "resnet10t", "mobilenetv2_140", "pvt_v2_b0")
 
 
 def network(name: str, classes: int) -> nn.Module:
@@ -102,7 +102,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--output", type=Path, default=Path("peers.csv"))
     flags = parser.parse_args()
     rows: list[dict[str, object]] = []

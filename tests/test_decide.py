@@ -32,7 +32,7 @@ def test_the_network_is_that_of_the_weights(training, tiny):
     found = decided(read_recipe("finetune", values={"weights": str(tiny)}), training)
     assert (found.model, found.weights) == ("nextvit_tiny", str(tiny))
     assert found.optimizer.layer_decay == 0.8
-    assert found.optimizer.lr == 2.5e-4
+    assert found.optimizer.lr == 1e-3
     assert found.schedule.epochs == 100
     assert decided(found, training) == found, "what is decided stays"
 

@@ -13,7 +13,7 @@ from nextvit.weights import PUBLISHED, TAGS, NotFetched, read_weights, resolve
 SMALLEST = VARIANTS[0].name
 IMAGES_TO_SEE, LEAST_EPOCHS, MOST_EPOCHS = 30_000, 10, 100
 LAYER_DECAY = 0.8
-RATE_FROM_SCRATCH, RATE_FROM_WEIGHTS, RATE_BATCH = 1e-3, 2.5e-4, 16
+RATE, RATE_BATCH = 1e-3, 16
 
 
 def decided(recipe: Recipe, training: Split) -> Recipe:
@@ -29,8 +29,8 @@ def decided(recipe: Recipe, training: Split) -> Recipe:
         decay = 1.0 if recipe.weights == "none" else LAYER_DECAY  # of random weights nothing is worth keeping
         recipe = replace(recipe, optimizer=replace(recipe.optimizer, layer_decay=decay))
     if recipe.optimizer.lr is None:
-        rate = RATE_FROM_SCRATCH if recipe.weights == "none" else RATE_FROM_WEIGHTS
-        rate *= math.sqrt(min(recipe.batch_size, len(training)) / RATE_BATCH)  # the square-root rule, for Adam
+        # The square-root rule, for Adam. From weights it is the rate of the head: earlier layers have lower ones.
+        rate = RATE * math.sqrt(min(recipe.batch_size, len(training)) / RATE_BATCH)
         recipe = replace(recipe, optimizer=replace(recipe.optimizer, lr=float(f"{rate:.2g}")))
     return recipe
 
