@@ -73,13 +73,13 @@ def test_what_is_said_is_kept(training):
 def test_finetune_without_a_network_starts_small_and_says_so(garment_folder, tmp_path):
     """As a new user behind a closed door would have it: no flag but the recipe (and two to be quick)."""
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hub")}
-    flags = ["--recipe", "finetune", "--output", tmp_path / "run", "--epochs", 1, "--image-size", 32]
-    done = nextvit("train", garment_folder, *flags, env=environment)
+    flags = ["--recipe", "finetune", "--epochs", 1, "--image-size", 32]
+    done = nextvit("train", garment_folder, *flags, "--output", tmp_path / "run", env=environment)
     assert done.returncode == 0, done.stderr
     first = done.stderr.splitlines()[0]
     assert first.startswith("warning: cannot get timm/nextvit_small")
     assert "So nextvit_nano starts from random weights" in first
     assert "layer_decay: 1.0" in (tmp_path / "run" / "recipe.yaml").read_text()
-    told = nextvit("train", garment_folder, *flags, "--weights", "in1k", env=environment)
+    told = nextvit("train", garment_folder, *flags, "--weights", "in1k", "--output", tmp_path / "b", env=environment)
     assert told.returncode == 2, "weights that are asked for by name are not replaced"
     assert "--weights none" in told.stderr

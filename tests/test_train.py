@@ -17,6 +17,7 @@ import torch
 import yaml
 from PIL import Image
 
+from nextvit.checkpoints import kept_epoch
 from nextvit.create import open_checkpoint
 from nextvit.errors import Diverged, UserError
 from nextvit.recipe import Recipe, parse_recipe, read_recipe
@@ -309,6 +310,26 @@ def test_a_run_goes_on_when_there_is_room_again(garment_folder, tmp_path):
     assert "last.ckpt" in names
     assert not [name for name in names if name.endswith(".tmp")]
     assert last.startswith("2,")
+
+
+@pytest.mark.parametrize(
+    ("scores", "images", "kept"),
+    [
+        ([50, 80, 75, 70], 20, 2),  # a standard error is 8.9 points
+        ([50, 80, 75, 70], 2000, 1),  # and here 0.9
+        ([50, 80, 79.5, 60], 2000, 2),
+        ([100, 90, 100, 99], 10, 2),
+        ([0, 0], 10, 1),
+        ([30], 10, 0),
+    ],
+)
+def test_the_last_epoch_within_a_standard_error_of_the_highest_is_kept(scores, images, kept):
+    assert kept_epoch(scores, images) == kept
+
+
+def test_the_best_checkpoint_is_of_that_epoch(trained):
+    scores = [float(row["val_top1"]) for row in rows(trained)]
+    assert read_weights(trained / "best.ckpt").state["epoch"] == kept_epoch(scores, 12) + 1
 
 
 def test_a_run_without_its_weight_file_gets_it_back_from_the_best_checkpoint(trained, garment_folder, tmp_path):

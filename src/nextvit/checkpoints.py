@@ -1,7 +1,8 @@
 """The run folder: what a run saves, the newest of it that is whole, and who may write there."""
 
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -38,7 +39,7 @@ class Epoch:
 
     @property
     def merit(self) -> tuple[float, float]:
-        """The best epoch has the highest top-1 on `val`, and of equal ones the lowest loss."""
+        """Top-1 on `val`, and of equal ones the lower loss; of the running mean where that is better."""
         raw = (self.val_top1, -self.val_loss)
         return raw if self.ema_top1 is None or self.ema_loss is None else max(raw, (self.ema_top1, -self.ema_loss))
 
@@ -46,6 +47,17 @@ class Epoch:
     def by_mean(self) -> bool:
         """Whether that was reached by the running mean."""
         return self.merit != (self.val_top1, -self.val_loss)
+
+
+def kept_epoch(scores: Sequence[float], images: int) -> int:
+    """Index of the epoch whose weights are kept: the last one within a standard error of the highest top-1 (percent).
+
+    images: how many `val` has. Of few images the highest score is luck, mostly, and then that of an early epoch, at a
+    high rate; the rule is that of Breiman et al., Classification and Regression Trees (1984).
+    """
+    highest = max(scores)
+    error = math.sqrt(highest * (100 - highest) / images)
+    return max(index for index, score in enumerate(scores) if score >= highest - error)
 
 
 @dataclass

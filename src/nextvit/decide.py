@@ -45,7 +45,7 @@ def _with_model(recipe: Recipe) -> Recipe:
             resolve(PUBLISHED[0], recipe.weights or "in1k")
         except NotFetched as error:
             if recipe.weights is not None:
-                raise
+                raise NotFetched(f"{error} With --weights none it starts from random ones.") from None
             say(
                 f"warning: {error} So {SMALLEST} starts from random weights here, which needs many more images to be "
                 "as good."

@@ -29,8 +29,8 @@ def _save(figure: Any, path: Path) -> None:
         figure.savefig(unfinished, format="png")
 
 
-def curves(history: Sequence[dict[str, float]], path: Path) -> None:
-    """Losses and accuracy by epoch (rows of metrics.csv)."""
+def curves(history: Sequence[dict[str, float]], kept: int, path: Path) -> None:
+    """Losses and accuracy by epoch (rows of metrics.csv); `kept` is the index of the epoch whose weights are."""
     figure = _figure(9, 3.4)
     left, right = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in history]
@@ -42,11 +42,9 @@ def curves(history: Sequence[dict[str, float]], path: Path) -> None:
     left.set_ylim(bottom=0)
     left.legend(frameon=False)
     right.plot(epochs, [row["val_top1"] for row in history], color=BLUE, marker="o", ms=3)
-    best = max(history, key=lambda row: row["val_top1"])
-    right.plot(best["epoch"], best["val_top1"], color=ORANGE, marker="o", ms=6)
-    right.set(
-        xlabel="epoch", ylabel="val top-1 (%)", title=f"best: {best['val_top1']:.1f} %, epoch {best['epoch']:.0f}"
-    )
+    row = history[kept]
+    right.plot(row["epoch"], row["val_top1"], color=ORANGE, marker="o", ms=6)
+    right.set(xlabel="epoch", ylabel="val top-1 (%)", title=f"kept: {row['val_top1']:.1f} %, epoch {row['epoch']:.0f}")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.get_major_locator().set_params(integer=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from nextvit import plots
 from nextvit.benchmark import CONFIDENCE, Row
+from nextvit.checkpoints import kept_epoch
 from nextvit.data.check import LISTED, Checked
 from nextvit.data.images import printable
 from nextvit.describe import table
@@ -32,7 +33,8 @@ def write_run_plots(run: Path, result: Evaluation) -> None:
     """plots/: learning curves (their numbers are metrics.csv), and the confusion matrix on `val` with its CSV."""
     with open(run / "metrics.csv", encoding="utf-8", newline="") as file:
         history = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
-    plots.curves(history, run / "plots" / "curves.png")
+    kept = kept_epoch([max(row["val_top1"], row.get("ema_top1", 0.0)) for row in history], result.metrics.images)
+    plots.curves(history, kept, run / "plots" / "curves.png")
     write_confusion(result, run / "plots" / "confusion.png", f"best checkpoint on {result.split.name}")
 
 

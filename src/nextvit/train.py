@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nextvit import checkpoints
 from nextvit.augmentation import draw_mixing, erase, mix, sample_transform
 from nextvit.backbone import NextViT
-from nextvit.checkpoints import BEST, LAST, WEIGHTS, Epoch, owned
+from nextvit.checkpoints import BEST, LAST, WEIGHTS, Epoch, kept_epoch, owned
 from nextvit.create import open_checkpoint
 from nextvit.data.loader import NOT_PREPARED, Batch, batches, eval_transform
 from nextvit.data.seeds import generator, word
@@ -265,11 +265,10 @@ def finish_epoch(run: Run) -> Epoch:
         ema_top5=None if e is None else e.top5,
         images=at.images,
     )
-    best = max((earlier.merit for earlier in at.history), default=(-1.0, 0.0))
     at.history.append(row)
     at.epoch, at.step, at.loss_sum, at.loss_images = at.epoch + 1, 0, 0.0, 0
     # last.ckpt comes last: what its history tells must be there already.
-    if row.merit > best:
+    if kept_epoch([epoch.merit[0] for epoch in at.history], len(run.validation)) == len(at.history) - 1:
         save(run, BEST)
     if run.processes.first:
         write_rows(run.folder / "metrics.csv", checkpoints.rows(at.history))
