@@ -11,7 +11,7 @@ from nextvit.decide import decided
 from nextvit.errors import UserError
 from nextvit.recipe import parse_recipe, read_recipe
 from nextvit.weights import save_weights
-from tests.conftest import nextvit
+from tests.conftest import nextvit, nextvit_here
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,13 @@ def test_finetune_without_a_network_starts_small_and_says_so(garment_folder, tmp
     assert first.startswith("warning: cannot get timm/nextvit_small")
     assert "So nextvit_nano starts from random weights" in first
     assert "layer_decay: 1.0" in (tmp_path / "run" / "recipe.yaml").read_text()
-    told = nextvit("train", garment_folder, *flags, "--weights", "in1k", "--output", tmp_path / "b", env=environment)
-    assert told.returncode == 2, "weights that are asked for by name are not replaced"
+
+
+def test_weights_that_are_asked_for_by_name_are_not_replaced(garment_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    flags = ["--recipe", "finetune", "--weights", "in1k", "--output", tmp_path / "run"]
+    told = nextvit_here("train", garment_folder, *flags)
+    assert told.returncode == 2
+    assert "cannot get timm/nextvit_small.bd_in1k from the hub" in told.stderr
     assert "--weights none" in told.stderr
+    assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
