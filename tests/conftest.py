@@ -149,6 +149,6 @@ def pytest_terminal_summary(terminalreporter, config):
     if "fault" not in config.option.markexpr:
         return
     for row, expected, what, outcome in sorted(FAULTS, key=lambda f: (f[0][0], int(f[0][1:].split(",")[0]))):
+        what = what or ("that, by every assertion of its test" if outcome == "passed" else "see the failure above")
         terminalreporter.write_line(f"{row:6} {outcome:8} expected: {expected}")
-        if what:
-            terminalreporter.write_line(f"{'':15} found:    {what}")
+        terminalreporter.write_line(f"{'':15} found:    {what}")
