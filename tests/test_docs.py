@@ -87,7 +87,7 @@ def test_the_commands_that_need_the_hub_ask_for_it_and_for_nothing_else(page, fo
 
 QUICK = {  # flags with which a benchmark takes a minute: as it stands it takes many on a quiet machine
     "cpu.py": "--model nextvit_nano --rounds 8 --output {}",
-    "eager_vs_timm.py": "--rounds 6",
+    "eager_vs_timm.py": "--rounds 8",
     "loader_vs_timm.py": "--rounds 2",
     "peers.py": "--models nextvit_nano --seeds 0 --epochs 1 --output {}/peers.csv",
     "finetune.py": "--seeds 0 --pretraining-epochs 1 --epochs 2 --output {}/finetune.csv",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import nextvit
@@ -245,3 +246,17 @@ def test_files_that_are_closed_in_any_order_leave_signals_alone(precision, small
     command = [sys.executable, "-c", script, small_file(".xml", tmp_path), precision]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "alive"), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".xml", ".onnx"])
+def test_activations_that_hardly_vary_end_nothing(suffix, garment_folder, tmp_path, capfd):
+    """A fresh network has such: NNCF's histograms have no bins for them."""
+    model = fill(nextvit.create_model("nextvit_nano", num_classes=3))
+    with torch.no_grad():
+        model.stages[1].blocks[0].mlp.fc1.weight.mul_(1e-7)  # the last digits of what is 1 vary
+        model.stages[1].blocks[0].mlp.fc1.bias.fill_(1.0)
+    model.metadata = model.metadata.with_image_size(32)
+    report = nextvit.export(model, tmp_path / f"a{suffix}", precision="int8", calibration=garment_folder, max_drop=None)
+    assert "hardly vary over the calibration images" in capfd.readouterr().err
+    assert report.checked.finite

@@ -20,7 +20,7 @@ from nextvit.exporters.calibration import Calibration, Images
 from nextvit.exporters.parity import label_agreement
 from nextvit.exporters.rounding import rounded
 from nextvit.extras import need
-from nextvit.progress import track
+from nextvit.progress import say, track
 from nextvit.runtime.session import Session
 
 RESIDUALS = r"stages\.\d+\.blocks\.\d+/Add.*"  # names of the additions that make the residual stream
@@ -116,13 +116,25 @@ class Accuracy:
 
 def quantize(graph: Any, calibration: Calibration, plan: Plan) -> Any:
     """An int8 copy of an ov.Model or an onnx.ModelProto with input `image`, its nodes named for their layers."""
-    nncf = need("nncf", extra="int8")
+    need("nncf", extra="int8")
     ranges = import_module("nncf.quantization.range_estimator").RangeEstimatorParametersSet
+    try:
+        # Ranges of the least squared error: NNCF's means of extremes cut off what the network needs.
+        return _quantized(graph, calibration, plan, ranges.HISTOGRAM)
+    except ValueError as error:
+        if "bins" not in str(error):  # of a histogram of values that are nearly all the same
+            raise
+        say("note: some activations hardly vary over the calibration images, so their extremes are taken as ranges.")
+        return _quantized(graph, calibration, plan, ranges.MINMAX)
+
+
+def _quantized(graph: Any, calibration: Calibration, plan: Plan, ranges: Any) -> Any:
+    nncf = need("nncf", extra="int8")
     nncf.set_log_level(logging.ERROR)
-    # Ranges of the least squared error: NNCF's means of extremes cut off what the network needs. Its correction of
-    # biases makes ONNX graphs much worse (97 % same labels, not 99.7 %) and changes nothing in OpenVINO's.
+    # NNCF's correction of biases makes ONNX graphs much worse (97 % same labels, not 99.7 %) and changes nothing in
+    # OpenVINO's.
     advanced = nncf.AdvancedQuantizationParameters(
-        activations_range_estimator_params=ranges.HISTOGRAM, disable_bias_correction=True
+        activations_range_estimator_params=ranges, disable_bias_correction=True
     )
     options: dict[str, Any] = {
         "preset": nncf.QuantizationPreset.PERFORMANCE,
