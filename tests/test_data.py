@@ -9,7 +9,7 @@ import timm.data
 import torch
 from PIL import Image
 
-from nextvit import imagenet
+from nextvit import class_names
 from nextvit.data.demo_images import demo_folder, garments
 from nextvit.data.images import ImageRejected, preprocess, read_image
 from nextvit.data.loader import batches, eval_transform
@@ -287,14 +287,14 @@ def test_a_loop_of_links_is_walked_once(tmp_path):
 
 def test_folders_named_by_wordnet_ids_are_the_classes_of_imagenet(tmp_path):
     info = timm.data.ImageNetInfo()
-    assert list(imagenet.wordnet_ids()) == info.label_names()
+    assert list(class_names.imagenet_wordnet_ids()) == info.label_names()
     lemmas = [info.index_to_description(i) for i in range(1000)]
-    named = sum(name.lower() in lemma.lower() for name, lemma in zip(imagenet.labels(), lemmas, strict=True))
+    named = sum(name.lower() in lemma.lower() for name, lemma in zip(class_names.imagenet(), lemmas, strict=True))
     assert named > 900, "names and ids are in the same order; some names are shortened"
     for folder in ("n01440764", "n15075141"):
         (tmp_path / "val" / folder).mkdir(parents=True)
         Image.new("RGB", (40, 40)).save(tmp_path / "val" / folder / "0.png")
-    split = read_split(tmp_path, "val", imagenet.labels())
+    split = read_split(tmp_path, "val", class_names.imagenet())
     assert split.targets == (0, 999)
     with pytest.raises(UserError, match="'n01440764' that the model does not know"):
         read_split(tmp_path, "val", ["tench", "toilet tissue"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nextvit import imagenet
+from nextvit import class_names
 from nextvit.create import create_model
 from nextvit.data.sets import read_split
 from nextvit.errors import UserError
@@ -101,11 +101,11 @@ def imagenet_like(tmp_path):
 
 def test_imagenet_s_reassessed_labels_are_found_by_the_number_in_the_name(imagenet_like, tmp_path):
     (tmp_path / "real.json").write_text(json.dumps([[0], [], [1, 7], [3], list(range(1000))]))
-    split = read_split(imagenet_like, "val", imagenet.labels())
+    split = read_split(imagenet_like, "val", class_names.imagenet())
     assert [len(labels) for labels in real_labels(tmp_path / "real.json", split)] == [1, 0, 2, 1000]
     model = create_model("nextvit_nano")
     weights = tmp_path / "nano.safetensors"
-    save_weights(weights, model.state_dict(), replace(model.metadata, labels=imagenet.labels()))
+    save_weights(weights, model.state_dict(), replace(model.metadata, labels=class_names.imagenet()))
     done = nextvit_here(
         "eval", weights, imagenet_like, "--real", tmp_path / "real.json", "--image-size", "32", "--json"
     )
@@ -123,7 +123,7 @@ def test_reassessed_labels_that_do_not_fit_are_refused(fault, imagenet_like, tmp
     split = (
         read_split(garment_folder, "val")
         if fault == "other classes"
-        else read_split(imagenet_like, "val", imagenet.labels())
+        else read_split(imagenet_like, "val", class_names.imagenet())
     )
     with pytest.raises(UserError):
         real_labels(path, split)

@@ -13,8 +13,10 @@ from tests.conftest import REPOSITORY
 
 SOURCE = REPOSITORY / "src" / "nextvit"
 ROOMS = [  # the order of docs/architecture.md: a module imports what stands before it, or beside it in its own row
-    ["errors", "extras", "files", "progress", "spec", "metadata", "devices", "imagenet", "trust"],
-    ["backbone"],
+    ["errors", "extras", "files", "progress", "spec", "metadata", "devices", "class_names", "trust"],
+    ["backbone", "timm_maps"],
+    ["heads"],
+    ["segmenter"],
     ["processes"],
     ["weights"],
     ["create"],

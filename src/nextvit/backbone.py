@@ -249,7 +249,9 @@ class NextViT(nn.Module):
     """The network: stem, four stages, norm, head.
 
     (B, in_channels, H, W) -> (B, num_classes) logits, or with `features_only` the list of the four raw stage outputs at
-    strides 4, 8, 16, 32, without the final norm. H and W are 32 or more and need not be multiples of 32.
+    strides 4, 8, 16, 32, without the final norm. With `normed_features` each map has passed a norm, the last one the
+    final norm, and the next stage reads it so: what the paper's segmentation networks are. H and W are 32 or more and
+    need not be multiples of 32.
     """
 
     def __init__(
@@ -259,12 +261,13 @@ class NextViT(nn.Module):
         num_classes: int = 1000,
         in_channels: int = 3,
         features_only: bool = False,
+        normed_features: bool = False,
         drop_path_rate: float | None = None,
         kv_pooling: KvPooling = "sequence",
     ):
         super().__init__()
-        self.variant = variant
-        self.features_only = features_only
+        self.variant, self.widths = variant, variant.widths
+        self.features_only = features_only or normed_features
         self.layout = torch.channels_last  # fastest for convolutions on the CPU, and for half-precision ones on GPUs
         self.metadata = Metadata(variant.name, num_classes=num_classes, in_channels=in_channels, kv_pooling=kv_pooling)
         widths = (in_channels, *variant.stem)
@@ -275,12 +278,12 @@ class NextViT(nn.Module):
             )
         )
         self.stages = nn.Sequential(*(NHS(blocks) for blocks in plan(variant, drop_path_rate, kv_pooling)))
-        if not features_only:
-            self.norm = NORMS[variant.norm](variant.widths[-1])
+        norm, (*finer, coarsest) = NORMS[variant.norm], variant.widths
+        self.stage_norms = nn.ModuleList(norm(width) if normed_features else nn.Identity() for width in finer)
+        self.norm = nn.Identity() if features_only and not normed_features else norm(coarsest)
+        if not self.features_only:
             self.head = nn.Sequential(
-                OrderedDict(
-                    pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(1), fc=nn.Linear(variant.widths[-1], num_classes)
-                )
+                OrderedDict(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(1), fc=nn.Linear(coarsest, num_classes))
             )
         self.apply(_initialise)
 
@@ -289,10 +292,10 @@ class NextViT(nn.Module):
             raise UserError(f"an image of {x.shape[2]} x {x.shape[3]} pixels is too small; both sides need 32 or more.")
         x = self.stem(x.contiguous(memory_format=self.layout))
         maps = []
-        for stage in self.stages:
-            x = stage(x)
+        for stage, norm in zip(self.stages, (*self.stage_norms, self.norm), strict=True):
+            x = norm(stage(x))
             maps.append(x)
-        return maps if self.features_only else self.head(self.norm(x))
+        return maps if self.features_only else self.head(x)
 
 
 def _initialise(module: nn.Module) -> None:

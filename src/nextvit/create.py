@@ -1,28 +1,39 @@
 """create_model and list_models: from a name, and perhaps a weight file, to a network with its metadata."""
 
 import difflib
+import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal, overload
 
 import torch
+from torch import Tensor
 
-from nextvit import imagenet
+from nextvit import class_names
 from nextvit.backbone import NextViT
 from nextvit.errors import UserError
-from nextvit.metadata import Metadata
+from nextvit.metadata import DENSE, HEADS, Metadata, Preprocess
+from nextvit.segmenter import Network, Segmenter
 from nextvit.spec import KV_POOLINGS, VARIANTS, KvPooling, Variant
+from nextvit.timm_maps import PREFIX, TimmMaps, from_classifier
 from nextvit.weights import (
+    BACKBONE,
     FIRST_FILTER,
-    HEAD,
+    LAST_LAYERS,
+    PUBLISHED,
     WeightFile,
     adapt_first_filter,
-    adapt_head,
+    adapt_last_layers,
     load_into,
     model_tensors,
     read_weights,
     rename,
+    rename_dense,
     resolve,
 )
+
+DENSE_DROP_PATH = 0.2  # of the published variants in segmentation, whatever they have as classifiers
+CLASSES = {"classify": 1000, "segment": 150}
 
 
 def list_models() -> list[str]:
@@ -39,6 +50,7 @@ def variant_named(name: str) -> Variant:
     raise UserError(f"there is no model {name!r}; did you mean {' or '.join(near)}?")
 
 
+@overload
 def create_model(
     name: str,
     *,
@@ -48,21 +60,148 @@ def create_model(
     features_only: bool = False,
     drop_path_rate: float | None = None,
     kv_pooling: KvPooling = "sequence",
-) -> NextViT:
-    """Build a Next-ViT: (B, in_channels, H, W) float -> (B, num_classes) logits.
+    task: Literal["classify"] = "classify",
+    head: None = None,
+) -> NextViT: ...
+@overload
+def create_model(
+    name: str,
+    *,
+    weights: str | Path | WeightFile | None = None,
+    num_classes: int | None = None,
+    in_channels: int = 3,
+    features_only: bool = False,
+    drop_path_rate: float | None = None,
+    kv_pooling: KvPooling = "sequence",
+    task: str,
+    head: str | None = None,
+) -> Network: ...
+def create_model(
+    name: str,
+    *,
+    weights: str | Path | WeightFile | None = None,
+    num_classes: int | None = None,
+    in_channels: int = 3,
+    features_only: bool = False,
+    drop_path_rate: float | None = None,
+    kv_pooling: KvPooling = "sequence",
+    task: str = "classify",
+    head: str | None = None,
+) -> Network:
+    """Build a Next-ViT: (B, in_channels, H, W) float -> (B, num_classes) logits, or with task "segment" (B,
+    num_classes, H / 4, W / 4) and, given labels too, losses by name.
 
+    name: a variant; for a dense task also "timm:NAME", any network of timm's with maps at strides 4, 8, 16, 32.
     weights: None (random), a file (official .pth, timm .pth or .safetensors, our own .safetensors or .ckpt; or what
         `weights.read_weights` gave), a published tag ("in1k", "in1k_384", "in1k_6m", "in1k_6m_384"), or
-        "hf-hub:org/name".
-    num_classes: None: as the weights have it, else 1000. Another count than the weights': the last layer is new.
-    features_only: forward returns the four raw stage outputs at strides 4, 8, 16, 32, without the final norm.
-    drop_path_rate: stochastic depth at the last block; None: the variant's own.
+        "hf-hub:org/name". Those of a classifier give a dense task its backbone; a warning says that the rest is new.
+    num_classes: None: as the weights have it, else 1000 (classify) or 150 (segment). Another count than the weights':
+        the last layer is new.
+    features_only: forward returns the four stage outputs at strides 4, 8, 16, 32: raw, without the final norm; with
+        task "segment" after the norms that its heads read.
+    drop_path_rate: stochastic depth at the last block; None: the task's and the variant's own.
     kv_pooling: "sequence", as the published weights were trained, or "spatial", true 2-D average pooling.
+    task: "classify" or "segment". head: of "segment": "fpn" (Semantic FPN, also None) or "upernet".
 
     `model.metadata` holds the labels and the preprocessing that go with it. Raises UserError (a ValueError) for an
     unknown name, and for weights that cannot be read or do not fit; then nothing was loaded.
     """
-    variant = variant_named(name)
+    head = _checked_head(task, head)
+    _check(kv_pooling, num_classes, in_channels, drop_path_rate)
+    of_timm = task != "classify" and name.startswith(PREFIX)
+    if of_timm and (features_only or drop_path_rate is not None):
+        raise UserError(f"features_only and drop_path_rate are Next-ViT's; timm makes {name} with its own.")
+    variant = None if of_timm else variant_named(name)
+    preprocess = Preprocess() if task == "classify" else DENSE
+    metadata = Metadata(name, task, head, (), preprocess, kv_pooling=kv_pooling, in_channels=in_channels)
+    file, found = None, None
+    if weights is not None:
+        file, told = _read(name, weights)
+        metadata = _agreeing(file.metadata, metadata, file.source)
+        if told is not None and task == "classify":
+            metadata = replace(metadata, preprocess=told)
+        found = _renamed(model_tensors(file), variant, task, file.source)
+    if num_classes is None:
+        last = [found[f"{layer}.bias"] for layer in LAST_LAYERS if found and f"{layer}.bias" in found]
+        num_classes = len(last[0]) if last else CLASSES[task]
+    metadata = replace(metadata, num_classes=num_classes, in_channels=in_channels)
+    model = _built(variant, metadata, features_only=features_only, drop_path_rate=drop_path_rate)
+    if file is not None and found is not None:
+        _load(model, found, file, name)
+    if file is not None and file.metadata is None:
+        known = class_names.imagenet() if task == "classify" else class_names.ade20k()
+        metadata = replace(metadata, labels=known if len(known) == num_classes else ())
+    elif len(metadata.labels) != num_classes:
+        metadata = replace(metadata, labels=())
+    model.metadata = metadata
+    return model.to(memory_format=torch.channels_last)  # as the forward pass wants its filters
+
+
+def open_checkpoint(path: str | Path) -> Network:
+    """The network of a weight file, built as its metadata says; without metadata, as its tensors do."""
+    return model_of(read_weights(path))
+
+
+def open_classifier(path: str | Path) -> NextViT:
+    """The same of a file that holds a classifier; UserError for one that does not."""
+    model = open_checkpoint(path)
+    if not isinstance(model, NextViT):
+        raise UserError(f"{path} is for the task {model.metadata.task!r}, and a classifier is needed here.")
+    return model
+
+
+def model_of(file: WeightFile) -> Network:
+    """The same of a file that was read already."""
+    m = file.metadata or recognised(file)
+    if m is None:
+        names = ", ".join(list_models())
+        raise UserError(f"{file.source} fits none of {names}; `nextvit info {file.source}` shows what it holds.")
+    return create_model(
+        m.variant,
+        weights=file,
+        in_channels=m.in_channels,
+        kv_pooling=m.kv_pooling,
+        task=m.task,
+        head=m.head or None,
+    )
+
+
+def recognised(file: WeightFile) -> Metadata | None:
+    """What a file without metadata holds, by its names and shapes, classes and input channels aside; None: not ours."""
+    tensors = model_tensors(file)
+    dense = any(key.removeprefix("module.").startswith(BACKBONE) for key in tensors)
+    task = "segment" if dense else "classify"
+    head = "" if not dense else "upernet" if any("psp_modules" in key for key in tensors) else "fpn"
+    for variant in VARIANTS:
+        try:
+            found = _renamed(tensors, variant, task, file.source)
+        except UserError:
+            return None
+        record = Metadata(variant.name, task=task, head=head)
+        with torch.device("meta"):
+            wanted = _built(variant, record, features_only=False, drop_path_rate=None).state_dict()
+        first = BACKBONE * dense + FIRST_FILTER
+        free = {first, *(f"{layer}.{kind}" for layer in LAST_LAYERS for kind in ("weight", "bias"))}
+        if found.keys() == wanted.keys() and all(found[k].shape == wanted[k].shape for k in wanted.keys() - free):
+            return replace(record, in_channels=found[first].shape[1])
+    return None
+
+
+# ---- parts of create_model -------------------------------------------------------------------------------------------
+
+
+def _checked_head(task: str, head: str | None) -> str:
+    if task not in HEADS:
+        raise UserError(f"there is no task {task!r}; take one of {', '.join(HEADS)}.")
+    if head is None:
+        return HEADS[task][0]
+    if head not in HEADS[task]:
+        heads = ", ".join(HEADS[task]) if any(HEADS[task]) else "none"
+        raise UserError(f"task {task!r} has no head {head!r}; it has {heads}.")
+    return head
+
+
+def _check(kv_pooling: str, num_classes: int | None, in_channels: int, drop_path_rate: float | None) -> None:
     if kv_pooling not in KV_POOLINGS:
         raise UserError(f"there is no kv_pooling {kv_pooling!r}; take one of {', '.join(KV_POOLINGS)}.")
     for value, what in ((num_classes, "num_classes"), (in_channels, "in_channels")):
@@ -70,80 +209,84 @@ def create_model(
             raise UserError(f"{what} must be a whole number, 1 or more, not {value!r}.")
     if drop_path_rate is not None and not 0 <= drop_path_rate < 1:
         raise UserError(f"drop_path_rate must be 0 or more and below 1, not {drop_path_rate}.")
-    metadata = Metadata(name, kv_pooling=kv_pooling, in_channels=in_channels)
-    found = None
-    if weights is not None:
-        preprocess = None
-        if isinstance(weights, WeightFile):
-            file = weights
-        else:
-            path, preprocess = resolve(name, weights)
-            file = read_weights(path)
-        if file.metadata is not None:
-            metadata = _agreeing(file.metadata, name, kv_pooling, file.source)
-        elif preprocess is not None:
-            metadata = replace(metadata, preprocess=preprocess)
-        found = rename(model_tensors(file), variant, file.source)
-    if num_classes is None:
-        num_classes = len(found[f"{HEAD}.bias"]) if found is not None and f"{HEAD}.bias" in found else 1000
-    model = NextViT(
-        variant,
-        num_classes=num_classes,
-        in_channels=in_channels,
-        features_only=features_only,
-        drop_path_rate=drop_path_rate,
-        kv_pooling=kv_pooling,
+
+
+def _read(name: str, weights: str | Path | WeightFile) -> tuple[WeightFile, Preprocess | None]:
+    """The file, and what a published one's own record says about its images."""
+    if isinstance(weights, WeightFile):
+        return weights, None
+    path, preprocess = resolve(name, weights)
+    return read_weights(path), preprocess
+
+
+def _renamed(tensors: dict[str, Tensor], variant: Variant | None, task: str, source: str) -> dict[str, Tensor]:
+    return (
+        rename(tensors, variant, source) if variant and task == "classify" else rename_dense(tensors, variant, source)
     )
-    if found is not None:
-        if features_only:
-            found = {key: tensor for key, tensor in found.items() if not key.startswith(("norm.", "head."))}
-        adapt_first_filter(found, in_channels, file.source)
-        adapt_head(found, model, file.source)
-        load_into(model, found, file.source, name)
-    if num_classes != metadata.num_classes:
-        metadata = replace(metadata, labels=())
-    elif found is not None and file.metadata is None:
-        metadata = replace(metadata, labels=imagenet.labels())
-    model.metadata = replace(metadata, num_classes=num_classes, in_channels=in_channels)
-    return model.to(memory_format=torch.channels_last)  # as the forward pass wants its filters
 
 
-def open_checkpoint(path: str | Path) -> NextViT:
-    """The network of a weight file, built as its metadata says; without metadata, as its tensors do."""
-    return model_of(read_weights(path))
-
-
-def model_of(file: WeightFile) -> NextViT:
-    """The same of a file that was read already."""
-    if file.metadata is not None:
-        m = file.metadata
-        return create_model(m.variant, weights=file, in_channels=m.in_channels, kv_pooling=m.kv_pooling)
-    variant = variant_of(file)
+def _built(variant: Variant | None, m: Metadata, *, features_only: bool, drop_path_rate: float | None) -> Network:
+    """The network of a record, its weights random. variant: None for a backbone of timm's."""
+    dense = m.task != "classify"
     if variant is None:
-        names = ", ".join(list_models())
-        raise UserError(f"{file.source} fits none of {names}; `nextvit info {file.source}` shows what it holds.")
-    return create_model(variant.name, weights=file, in_channels=file.tensors[FIRST_FILTER].shape[1])
+        backbone: NextViT | TimmMaps = TimmMaps(m.variant.removeprefix(PREFIX), m.in_channels)
+    else:
+        if dense and drop_path_rate is None and variant.name in PUBLISHED:
+            drop_path_rate = DENSE_DROP_PATH
+        backbone = NextViT(
+            variant,
+            num_classes=m.num_classes,
+            in_channels=m.in_channels,
+            features_only=features_only,
+            normed_features=dense,
+            drop_path_rate=drop_path_rate,
+            kv_pooling=m.kv_pooling,
+        )
+    if isinstance(backbone, NextViT) and (not dense or features_only):
+        return backbone
+    return Segmenter(backbone, m)
 
 
-def variant_of(file: WeightFile) -> Variant | None:
-    """The variant whose names and shapes a file has, its classes and input channels aside; None: it is none of ours."""
-    for variant in VARIANTS:
-        try:
-            found = rename(model_tensors(file), variant, file.source)
-        except UserError:
-            return None
-        with torch.device("meta"):
-            wanted = NextViT(variant).state_dict()
-        free = (FIRST_FILTER, f"{HEAD}.weight", f"{HEAD}.bias")
-        if found.keys() == wanted.keys() and all(found[k].shape == wanted[k].shape for k in wanted if k not in free):
-            return variant
-    return None
+def _load(model: Network, found: dict[str, Tensor], file: WeightFile, name: str) -> None:
+    """Whole or not at all, but for what is meant to be new: last layers of other classes, all around a backbone."""
+    own, first, around = model.state_dict(), FIRST_FILTER, ("neck.", "decode_head.", "auxiliary_head.")
+    if isinstance(model, Segmenter):
+        first = BACKBONE + FIRST_FILTER
+        if isinstance(model.backbone, TimmMaps) and not any(key.startswith(BACKBONE) for key in found):
+            found = {BACKBONE + k: t for k, t in from_classifier(model_tensors(file), model.backbone).items()}
+        if not any(key.startswith(around) for key in found):
+            warnings.warn(f"{file.source} holds a backbone alone: neck and head are new.", stacklevel=3)
+            new = (*around, f"{BACKBONE}stage_norms.")
+            found = {key: value for key, value in own.items() if key.startswith(new)} | found
+    elif model.features_only:
+        found = {key.removeprefix(BACKBONE): value for key, value in found.items()}
+        found = {key: value for key, value in found.items() if not key.startswith((*around, "head."))}
+        if not any(key.startswith("stage_norms.") for key in own):
+            found = {key: value for key, value in found.items() if not key.startswith(("norm.", "stage_norms."))}
+        elif not any(key.startswith("stage_norms.") for key in found):
+            warnings.warn(f"{file.source} holds a classifier: the norms of its first three maps are new.", stacklevel=3)
+            found = {key: value for key, value in own.items() if key.startswith("stage_norms.")} | found
+    adapt_first_filter(found, first, model.metadata.in_channels, file.source)
+    adapt_last_layers(found, model, file.source)
+    load_into(model, found, file.source, name)
 
 
-def _agreeing(found: Metadata, name: str, kv_pooling: str, source: str) -> Metadata:
-    """The file's own record, once it is clear that it is about the network that was asked for."""
-    if found.variant != name:
-        raise UserError(f"{source} holds {found.variant} and {name} was asked for; ask for {found.variant}.")
-    if found.kv_pooling != kv_pooling:
+def _agreeing(found: Metadata | None, wanted: Metadata, source: str) -> Metadata:
+    """The file's own record, once it is clear that it is about what was asked for; of a classifier that gives a dense
+    task its backbone, its preprocessing alone.
+    """
+    if found is None:
+        return wanted
+    if found.variant != wanted.variant:
+        raise UserError(f"{source} holds {found.variant} and {wanted.variant} was asked for; ask for {found.variant}.")
+    if found.kv_pooling != wanted.kv_pooling:
         raise UserError(f"{source} was trained with kv_pooling={found.kv_pooling!r}; ask for that.")
-    return found
+    if (found.task, found.head) == (wanted.task, wanted.head):
+        return found
+    if found.task == "classify":
+        p = found.preprocess
+        return replace(wanted, preprocess=replace(wanted.preprocess, mean=p.mean, std=p.std))
+    raise UserError(
+        f"{source} holds a network for task {found.task!r} with head {found.head!r}; ask for those, not for "
+        f"{wanted.task!r}{f' with head {wanted.head!r}' if wanted.head else ''}."
+    )

@@ -15,7 +15,7 @@ from torch import nn
 
 from nextvit import __version__, plots, report
 from nextvit.benchmark import Row, benchmark
-from nextvit.create import open_checkpoint
+from nextvit.create import open_classifier
 from nextvit.data.images import read_image
 from nextvit.data.loader import batches, eval_transform
 from nextvit.data.sets import read_split
@@ -50,7 +50,7 @@ def main(run: Path) -> None:
         validation = train("demo", recipe, run, machine=Machine(threads=1 if threads == 2 else threads))
         report.write_run_plots(run, validation)
     best = run / "model.safetensors"
-    model = open_checkpoint(best)
+    model = open_classifier(best)
     test = read_split("demo", "test", model.metadata.labels)
 
     with step("evaluate on held-out images; a linear model beside it"):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from nextvit.cost import cost
-from nextvit.create import create_model, list_models, model_of, variant_named, variant_of
+from nextvit.create import create_model, list_models, model_of, recognised, variant_named
 from nextvit.data.images import printable
 from nextvit.formats import format_of
 from nextvit.runtime.open import open_session
@@ -75,11 +75,11 @@ def describe_file(path: Path, image_size: int | None, *, trust: bool = False) ->
     file = read_weights(path)
     tensors = model_tensors(file)
     origin = next((o.name for o in ORIGINS if any(key.startswith(o.mark) for key in tensors)), None)
-    variant = variant_of(file)
+    record = file.metadata or recognised(file)
     told: dict[str, Any] = {
         "file": str(path),
         "layout": origin or f"unknown; no Next-ViT in a layout of {', '.join(o.name for o in ORIGINS)}",
-        "variant": variant.name if variant else f"none of {', '.join(list_models())}",
+        "variant": record.variant if record else f"none of {', '.join(list_models())}",
         "tensors": len(tensors),
         "values": sum(tensor.numel() for tensor in tensors.values()),
     }
@@ -87,7 +87,7 @@ def describe_file(path: Path, image_size: int | None, *, trust: bool = False) ->
         told["metadata"] = asdict(file.metadata)
     if file.state is not None:
         told["checkpoint"] = {"epochs_done": file.state["epoch"], "step": file.state["step"]}
-    if variant is not None:
+    if record is not None:
         model = model_of(file)
         counted = cost(model, image_size or model.metadata.preprocess.image_size)
         told |= {"params": counted.params, "image_size": counted.image_size, "gflops": round(counted.gflops_paper, 4)}

@@ -8,16 +8,19 @@ from pathlib import Path
 
 import numpy as np
 
-from nextvit import imagenet
+from nextvit import class_names
+from nextvit.data.images import ImageRejected
 from nextvit.data.loader import Batch
+from nextvit.data.masks import MaskSplit
 from nextvit.data.split import Split
 from nextvit.errors import UserError
-from nextvit.metadata import Metadata
-from nextvit.metrics import TopK
+from nextvit.metadata import Metadata, Preprocess
+from nextvit.metrics import PixelConfusion, TopK
 from nextvit.processes import ALONE, Processes
 from nextvit.progress import track
+from nextvit.tasks.segment import View, class_map
 
-Run = Callable[[np.ndarray], np.ndarray]  # float32 (B, 3, H, W), normalised -> (B, classes)
+Run = Callable[[np.ndarray], np.ndarray]  # float32 (B, 3, H, W), normalised -> the outputs of the task
 OFFICIAL_CROP = 0.875  # 256 to 224, 438 to 384: what the authors' figures were measured with
 TIMM_CROPS = {384: 1.0}  # timm's own for the same weights; at other sizes TIMM_CROP
 TIMM_CROP = 0.95
@@ -86,6 +89,47 @@ def evaluate(
     return Evaluation(split, metrics, tuple(rejected), None if real is None else (right, judged))
 
 
+@dataclass(frozen=True)
+class MaskEvaluation:
+    """The same of segmentation."""
+
+    split: MaskSplit
+    metrics: PixelConfusion
+    rejected: tuple[tuple[int, str], ...]
+
+    def to_dict(self) -> dict[str, object]:
+        m = self.metrics
+        return {
+            "split": self.split.name,
+            "miou": round(m.miou, 4),
+            "pixel_accuracy": round(m.accuracy, 4),
+            **({"boundary_miou": round(m.boundary_miou, 4)} if m.boundary else {}),
+            "images": len(self.split) - len(self.rejected),
+            "pixels": m.pixels,
+            "rejected": [why for _, why in self.rejected],
+            "per_class": dict(zip(self.split.labels, m.ious, strict=True)),
+        }
+
+
+def evaluate_masks(run: Run, split: MaskSplit, p: Preprocess, view: View, *, boundary: bool = False) -> MaskEvaluation:
+    """Count pixels over all images, each at its own size. UserError where no image or mask could be read.
+
+    run: takes images of any size. boundary: also of the boundaries, which takes longer.
+    """
+    metrics, rejected = PixelConfusion(len(split.labels), boundary=boundary), []
+    for index in track(range(len(split)), total=len(split), label="evaluate", unit="images"):
+        try:
+            image = split.read(index)
+            labels = split.labels_of(index, image.size)
+        except ImageRejected as error:
+            rejected.append((index, str(error)))
+            continue
+        metrics.update(class_map(run, image, p, view), labels)
+    if len(rejected) == len(split):
+        raise UserError(f"none of the {len(split)} images of {split.name} can be used: {rejected[0][1]}")
+    return MaskEvaluation(split, metrics, tuple(rejected))
+
+
 def prepared_for(metadata: Metadata, image_size: int | None, crop: str | None) -> Metadata:
     """The record of a file with another test size or crop.
 
@@ -120,7 +164,7 @@ def real_labels(path: Path, split: Split) -> list[frozenset[int]]:
         lists = [frozenset(map(int, labels)) for labels in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is no real.json: a list of lists of class numbers.") from error
-    if split.labels != imagenet.labels():
+    if split.labels != class_names.imagenet():
         raise UserError("--real is about ImageNet's 1000 classes, and the model has others.")
     found = []
     for file in split.files:

@@ -5,26 +5,59 @@ filters and bias. In front of a layer that sums over channels, without padding, 
 """
 
 import copy
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from nextvit.backbone import EMHSA, MHCA, NCB, NTB, ConvNormAct, NextViT, PatchEmbed
 from nextvit.errors import UserError
+from nextvit.heads.semantic_fpn import SemanticFPNHead
+from nextvit.heads.units import Unit
+from nextvit.segmenter import Network, Segmenter
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
+N = TypeVar("N", bound=Network)
 
 
-def fold(model: NextViT) -> NextViT:
+class ScaleShift(nn.Module):
+    """x -> scale x + shift, by channel: what is left of a BatchNorm that no layer beside it can take."""
+
+    def __init__(self, norm: BatchNorm):
+        super().__init__()
+        scale, shift = _scale_and_shift(norm)
+        self.scale, self.shift = nn.Parameter(scale[:, None, None]), nn.Parameter(shift[:, None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.shift
+
+
+def fold(model: N) -> N:
     """A new eval-mode module without BatchNorm and with the same outputs; the model given in is untouched.
 
-    Norms of another kind (LayerNorm2d) depend on their input and stay.
+    Where no layer can take a norm, a scale and shift by channel is left: in front of a padded 3x3 convolution, and
+    where the normed map is an output. Norms of another kind (LayerNorm2d) depend on their input and stay, as does all
+    of a backbone of timm's. A segmenter loses its auxiliary head, which training alone reads.
     """
-    if not isinstance(model, NextViT):
+    if not isinstance(model, NextViT | Segmenter):
         raise UserError(f"fold takes a model of nextvit.create_model, not {type(model).__name__}.")
-    folded = copy.deepcopy(model).eval()
-    for module in folded.modules():
+    folded: Any = copy.deepcopy(model).eval()
+    backbone = folded.backbone if isinstance(folded, Segmenter) else folded
+    if isinstance(backbone, NextViT):
+        _fold_blocks(backbone)
+    if isinstance(folded, Segmenter):
+        folded.auxiliary_head = None
+        for unit in folded.modules():
+            if isinstance(unit, Unit) and _is_batchnorm(unit.bn):
+                unit.conv, unit.bn = _fold_behind(unit.conv, unit.bn), nn.Identity()
+    if isinstance(backbone, NextViT):
+        _fold_map_norms(backbone, folded)
+    return folded
+
+
+def _fold_blocks(backbone: NextViT) -> None:
+    """Every norm inside the stem and the blocks."""
+    for module in backbone.modules():
         match module:
             case ConvNormAct() | PatchEmbed() if _is_batchnorm(module.norm):
                 module.conv, module.norm = _fold_behind(module.conv, module.norm), nn.Identity()
@@ -38,11 +71,31 @@ def fold(model: NextViT) -> NextViT:
                 if _is_batchnorm(module.norm2):
                     _fold_in_front(module.mlp.fc1, *_scale_and_shift(module.norm2))
                     module.norm2 = nn.Identity()
-    if not folded.features_only and _is_batchnorm(folded.norm):
-        # The mean over all positions commutes with a scale and a shift per channel.
-        _fold_in_front(folded.head.fc, *_scale_and_shift(folded.norm))
-        folded.norm = nn.Identity()
-    return folded
+
+
+def _fold_map_norms(backbone: NextViT, network: Network) -> None:
+    """The norms behind the stages, into all that read their maps: averages commute with a scale and shift."""
+    norms = [*backbone.stage_norms, backbone.norm]
+    for number, norm in enumerate(norms):
+        if not _is_batchnorm(norm):
+            continue
+        readers = _readers(backbone, network, number)
+        for layer in readers or ():
+            _fold_in_front(layer, *_scale_and_shift(norm))
+        norms[number] = ScaleShift(norm) if readers is None else nn.Identity()
+    *finer, backbone.norm = norms
+    backbone.stage_norms = nn.ModuleList(finer)
+
+
+def _readers(backbone: NextViT, network: Any, number: int) -> list[Any] | None:
+    """The layers that read the map of a stage, each summing over channels without padding; None: another one does."""
+    stages: Any = backbone.stages
+    following = [] if number == 3 else [stages[number + 1].blocks[0].patch_embed.conv]
+    if isinstance(network, NextViT):
+        return None if network.features_only else [*following, network.head.fc]
+    if isinstance(network.decode_head, SemanticFPNHead):
+        return [*following, network.neck.lateral_convs[number].conv]
+    return None if number == 3 else [*following, network.decode_head.lateral_convs[number].conv]
 
 
 def _is_batchnorm(norm: nn.Module) -> TypeGuard[BatchNorm]:

@@ -11,7 +11,7 @@ from nextvit.spec import KvPooling
 
 Interpolation = Literal["bicubic", "bilinear", "nearest"]
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
-TASKS = ("classify",)
+HEADS = {"classify": ("",), "segment": ("fpn", "upernet")}  # by task, the usual one first
 LARGEST = 4_000_000  # characters of a record: 22,000 classes with names of 100 characters come to half of it
 LARGEST_SIDE = 4096  # pixels of an input
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -20,13 +20,18 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How an image becomes the network's input: resize the short side, cut the centre, scale to 0..1, normalise."""
+    """How an image becomes the network's input: resize the short side, cut the centre, scale to 0..1, normalise.
+
+    With `long_side` nothing is cut: the image is made as large as fits a short side of `image_size` and a long one of
+    `long_side`.
+    """
 
     image_size: int = 224  # side of the square input, pixels
     crop: float = 0.875  # image_size / short side after resizing
     interpolation: Interpolation = "bicubic"
     mean: tuple[float, ...] = IMAGENET_MEAN  # RGB, of values in 0..1
     std: tuple[float, ...] = IMAGENET_STD
+    long_side: int | None = None  # pixels
 
     def __post_init__(self) -> None:
         ok = (
@@ -34,6 +39,7 @@ class Preprocess:
             and 32 <= self.image_size <= LARGEST_SIDE
             and 0 < self.crop <= 1
             and self.resize_size <= 2 * LARGEST_SIDE
+            and (self.long_side is None or self.image_size <= self.long_side <= 4 * LARGEST_SIDE)
             and self.interpolation in get_args(Interpolation)
             and len(self.mean) == len(self.std) == 3
             and all(math.isfinite(m) for m in self.mean)
@@ -41,7 +47,8 @@ class Preprocess:
         )
         if not ok:
             raise UserError(
-                f"this preprocessing cannot be done: {self}; image_size must be 32 to {LARGEST_SIDE}, crop in (0, 1]."
+                f"this preprocessing cannot be done: {self}; image_size must be 32 to {LARGEST_SIDE}, crop in (0, 1], "
+                "long_side no less."
             )
 
     @property
@@ -50,12 +57,17 @@ class Preprocess:
         return int(self.image_size / self.crop)
 
 
+# Of the published segmentation networks: the authors' evaluation.
+DENSE = Preprocess(image_size=512, crop=1.0, interpolation="bilinear", long_side=2048)
+
+
 @dataclass(frozen=True)
 class Metadata:
     """The record itself."""
 
     variant: str
     task: str = "classify"
+    head: str = ""  # of a dense task: "fpn" or "upernet"
     labels: tuple[str, ...] = ()  # in the order of the outputs; empty: the file names none
     preprocess: Preprocess = Preprocess()
     num_classes: int = 1000
@@ -98,8 +110,8 @@ class Metadata:
             counts = (record.num_classes, record.in_channels)
             if not all(isinstance(count, int) and count > 0 for count in counts):
                 raise ValueError(f"{counts[0]!r} classes, {counts[1]!r} input channels")
-            if record.precision not in PRECISIONS or record.task not in TASKS:
-                raise ValueError(f"task {record.task!r}, precision {record.precision!r}")
+            if record.precision not in PRECISIONS or record.head not in HEADS.get(record.task, ()):
+                raise ValueError(f"task {record.task!r}, head {record.head!r}, precision {record.precision!r}")
             if not isinstance(record.takes_pixels, bool) or (record.takes_pixels and record.in_channels != 3):
                 raise ValueError(f"takes_pixels {record.takes_pixels!r} of {record.in_channels} channels")
             if record.labels and len(record.labels) != record.num_classes:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from nextvit.create import open_checkpoint
+from nextvit.create import open_classifier
 from nextvit.errors import UserError
 from nextvit.extras import need
 
@@ -30,7 +30,7 @@ def open_teacher(name: str, labels: Sequence[str], device: torch.device) -> Call
         if known != len(labels):
             raise UserError(f"the teacher {name} has {known} classes and the data has {len(labels)}; take another.")
     else:
-        model = open_checkpoint(name)
+        model = open_classifier(name)
         theirs = model.metadata.labels
         if missing := [label for label in labels if label not in theirs]:
             raise UserError(f"the teacher {name} does not know the class {missing[0]!r} of the data; take another.")

@@ -20,7 +20,7 @@ from nextvit import checkpoints
 from nextvit.augmentation import draw_mixing, erase, mix, sample_transform
 from nextvit.backbone import NextViT
 from nextvit.checkpoints import BEST, LAST, WEIGHTS, Epoch, kept_epoch, owned
-from nextvit.create import open_checkpoint
+from nextvit.create import open_classifier
 from nextvit.data.loader import NOT_PREPARED, Batch, batches, eval_transform
 from nextvit.data.seeds import generator, word
 from nextvit.devices import DTYPES
@@ -92,7 +92,7 @@ def train(
             ) from error
         _list_rejected(run)
         processes.wait()
-        best = open_checkpoint(folder / WEIGHTS).to(run.device)
+        best = open_classifier(folder / WEIGHTS).to(run.device)
         return validate(best, run)
 
 

@@ -25,6 +25,8 @@ from nextvit.spec import Variant
 
 HEAD = "head.fc"
 FIRST_FILTER = "stem.0.conv.weight"
+BACKBONE = "backbone."  # before the backbone's names in the network of a dense task
+LAST_LAYERS = (HEAD, "decode_head.conv_seg", "auxiliary_head.conv_seg")  # one output a class each
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,8 @@ class NotFetched(UserError):
 def read_weights(path: str | Path) -> WeightFile:
     """Read a weight file of any kind that we know by its content, never by its name, and never run what is in it.
 
-    Official `.pth` (bare or under "model"), timm `.pth` and `.safetensors`, our own `.safetensors` and `.ckpt`.
-    Raises UserError for a file that is missing, empty, damaged, or holds more than tensors.
+    Official `.pth` (bare, under "model" or "state_dict"), timm `.pth` and `.safetensors`, our own `.safetensors` and
+    `.ckpt`. Raises UserError for a file that is missing, empty, damaged, or holds more than tensors.
     """
     path = Path(path)
     try:
@@ -129,11 +131,13 @@ def _checked_archive(path: Path) -> io.BytesIO:
 
 
 def _state_dict(found: Any, path: Path) -> dict[str, Tensor]:
-    inner = found.get("model") if isinstance(found, Mapping) else None
-    state = inner if isinstance(inner, Mapping) else found
+    state = found
+    for name in ("model", "state_dict"):
+        if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
+            state = found[name]
     fits = isinstance(state, Mapping) and state and all(isinstance(k, str) for k in state)
     if not fits or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"{path} holds no weights: neither a state dict nor one under `model`.")
+        raise UserError(f"{path} holds no weights: neither a state dict nor one under `model` or `state_dict`.")
     return dict(state)
 
 
@@ -167,6 +171,7 @@ ORIGINS = (
             (r"^features\.(\d+)\.", _stage_and_block),
             (r"\.mlp\.conv([12])\.", r".mlp.fc\1."),
             (r"^proj_head\.0\.", f"{HEAD}."),
+            (r"^extra_norm_list\.", "stage_norms."),
         ),
     ),
     Origin("timm", "stages.", ()),
@@ -186,6 +191,21 @@ def rename(tensors: Mapping[str, Tensor], variant: Variant, source: str) -> dict
             key = re.sub(pattern, target if isinstance(target, str) else lambda m, t=target: t(m, variant), key)
         renamed[key] = tensor
     return renamed
+
+
+def rename_dense(tensors: Mapping[str, Tensor], variant: Variant | None, source: str) -> dict[str, Tensor]:
+    """The same for the network of a dense task, whose backbone lies below `backbone.`, or for a classifier alone.
+
+    variant: None where the backbone is one of timm's, which keeps its names. Entries that no output depends on are left
+    out: the classifier of the backbone, and the fourth of the norms behind its stages.
+    """
+    tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
+    inner = {key.removeprefix(BACKBONE): tensor for key, tensor in tensors.items() if key.startswith(BACKBONE)}
+    rest = {key: tensor for key, tensor in tensors.items() if not key.startswith(BACKBONE)} if inner else {}
+    if variant is not None:
+        inner = rename(inner or tensors, variant, source)
+    unused = (f"{HEAD}.", "stage_norms.3.")
+    return {BACKBONE + key: tensor for key, tensor in inner.items() if not key.startswith(unused)} | rest
 
 
 # ---- published weights -----------------------------------------------------------------------------------------------
@@ -268,21 +288,24 @@ def load_into(model: nn.Module, found: Mapping[str, Tensor], source: str, target
     model.load_state_dict(dict(found))
 
 
-def adapt_head(found: dict[str, Tensor], model: nn.Module, source: str) -> None:
-    """Another class count: the new layer of the model stays, and a warning says so."""
-    own = {key: tensor for key, tensor in model.state_dict().items() if key.startswith(HEAD)}
-    theirs = found.get(f"{HEAD}.weight")
-    if own and theirs is not None and len(theirs) != len(own[f"{HEAD}.weight"]):
-        warnings.warn(
-            f"{source} has {len(theirs)} classes, {len(own[f'{HEAD}.weight'])} were asked for: the last layer is new.",
-            stacklevel=3,
-        )
-        found.update(own)
+def adapt_last_layers(found: dict[str, Tensor], model: nn.Module, source: str) -> None:
+    """Another class count: the new last layers of the model stay, and a warning says so."""
+    own = model.state_dict()
+    for layer in LAST_LAYERS:
+        weight, theirs = own.get(f"{layer}.weight"), found.get(f"{layer}.weight")
+        if weight is None or theirs is None or len(theirs) == len(weight):
+            continue
+        if layer != LAST_LAYERS[-1]:  # what the auxiliary head has needs no second warning
+            warnings.warn(
+                f"{source} has {len(theirs)} classes, {len(weight)} were asked for: the last layer is new.",
+                stacklevel=3,
+            )
+        found |= {key: own[key] for key in (f"{layer}.weight", f"{layer}.bias")}
 
 
-def adapt_first_filter(found: dict[str, Tensor], in_channels: int, source: str) -> None:
+def adapt_first_filter(found: dict[str, Tensor], key: str, in_channels: int, source: str) -> None:
     """Other input channels: the colours of the first filter are repeated and scaled, so that grey in is grey out."""
-    weight = found.get(FIRST_FILTER)
+    weight = found.get(key)
     if weight is not None and weight.ndim == 4 and weight.shape[1] != in_channels:
         theirs = weight.shape[1]
         warnings.warn(
@@ -291,9 +314,9 @@ def adapt_first_filter(found: dict[str, Tensor], in_channels: int, source: str) 
         )
         repeats = -(-in_channels // theirs)
         if in_channels == 1:
-            found[FIRST_FILTER] = weight.sum(1, keepdim=True)
+            found[key] = weight.sum(1, keepdim=True)
         else:
-            found[FIRST_FILTER] = weight.repeat(1, repeats, 1, 1)[:, :in_channels] * (theirs / in_channels)
+            found[key] = weight.repeat(1, repeats, 1, 1)[:, :in_channels] * (theirs / in_channels)
 
 
 def model_tensors(file: WeightFile) -> dict[str, Tensor]:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from nextvit.errors import UserError
@@ -16,6 +18,7 @@ from nextvit.metadata import Metadata, Preprocess
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # told by content; Pillow's other decoders stay closed
 MAX_PIXELS = 64_000_000
 MAX_SIDE = 32_768
+LEAST_SIDE = 32  # of what a network takes, so of a very thin image the proportions are not kept
 MAX_ASPECT = 100  # resized by its short side, a thinner image would take gigabytes
 
 ORIENTATION = 0x0112  # in EXIF
@@ -120,7 +123,10 @@ def preprocess(image: Image.Image, p: Preprocess) -> np.ndarray:
     """The network's input of an RGB image: float32 (3, image_size, image_size), normalised.
 
     The short side is resized to `p.resize_size`, the centre cut out, values scaled to 0..1, then mean and std applied.
+    With `p.long_side` the whole image is resized: see `fitted`.
     """
+    if p.long_side is not None:
+        return normalise(fitted(np.asarray(image), p.image_size, p.long_side), p)
     short = min(image.size)
     width, height = (max(p.image_size, int(side * p.resize_size / short)) for side in image.size)
     for size in (
@@ -132,6 +138,21 @@ def preprocess(image: Image.Image, p: Preprocess) -> np.ndarray:
     left, top = round((width - p.image_size) / 2), round((height - p.image_size) / 2)
     image = image.crop((left, top, left + p.image_size, top + p.image_size))
     return normalise(np.asarray(image), p)
+
+
+def fitted(image: np.ndarray, short: int, long: int) -> np.ndarray:
+    """uint8 (H, W, 3) -> the same, as large as fits into short x long pixels, either way round.
+
+    Bilinear without a filter against aliasing, rounded to levels: OpenCV's, which the dense networks were trained with.
+    """
+    height, width = image.shape[:2]
+    factor = min(long / max(height, width), short / min(height, width))
+    size = tuple(max(LEAST_SIDE, int(side * factor + 0.5)) for side in (height, width))
+    if size == (height, width):
+        return image
+    levels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float()
+    found = F.interpolate(levels, size, mode="bilinear", align_corners=False)[0].permute(1, 2, 0)
+    return found.round().to(torch.uint8).numpy()
 
 
 def as_taken(image: Image.Image, metadata: Metadata) -> np.ndarray:

@@ -12,7 +12,7 @@ import fsspec
 import numpy as np
 from PIL import Image
 
-from nextvit import imagenet
+from nextvit import class_names
 from nextvit.data.images import Draft, ImageRejected, image_files, printable, read_image
 from nextvit.data.seeds import generator
 from nextvit.errors import UserError
@@ -117,8 +117,8 @@ def numbered(
     """
     classes = tuple(labels) if labels is not None else tuple(found)
     number = {label: index for index, label in enumerate(classes)}
-    if classes == imagenet.labels():
-        number |= {wordnet_id: index for index, wordnet_id in enumerate(imagenet.wordnet_ids())}
+    if classes == class_names.imagenet():
+        number |= {wordnet_id: index for index, wordnet_id in enumerate(class_names.imagenet_wordnet_ids())}
     if strange := [label for label in found if label not in number]:
         raise UserError(
             f"{where} has a class {strange[0]!r} that the model does not know; it knows {', '.join(classes[:20])}."

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from nextvit.backbone import NextViT
 from nextvit.devices import DTYPES, insist_on_compiler, pick_device, pick_precision, set_threads
 from nextvit.folding import fold
 from nextvit.runtime.session import Setup
+from nextvit.segmenter import Network
 
 MANY = 10_000  # compilations in one process
 KINDS = ("eager", "folded", "compiled")
@@ -21,7 +21,7 @@ class TorchSession:
     fixed_batch: int | None = None
 
     def __init__(
-        self, model: NextViT, *, device: str, threads: int | None, precision: str | None, kind: str = "folded"
+        self, model: Network, *, device: str, threads: int | None, precision: str | None, kind: str = "folded"
     ):
         place = pick_device(device)
         chosen = pick_precision(precision or "fp32", place)
@@ -50,7 +50,7 @@ class TorchSession:
             return self._model(images).float().cpu().numpy()
 
 
-def _in_dtype(model: NextViT, dtype: torch.dtype) -> NextViT:
+def _in_dtype(model: Network, dtype: torch.dtype) -> Network:
     """All in `dtype` but BatchNorm, whose statistics need fp32 and whose operators take both."""
     model = model.to(dtype)
     for module in model.modules():

@@ -1,0 +1,26 @@
+"""Names of the classes of the public sets, in the order of the published weights."""
+
+from functools import cache
+from importlib import resources
+
+
+@cache
+def imagenet() -> tuple[str, ...]:
+    """English names of the 1000 classes of ImageNet-1K."""
+    return _lines("imagenet_labels.txt")
+
+
+@cache
+def imagenet_wordnet_ids() -> tuple[str, ...]:
+    """Their WordNet ids, such as n01440764: the names of ImageNet's own folders."""
+    return _lines("imagenet_wordnet_ids.txt")
+
+
+@cache
+def ade20k() -> tuple[str, ...]:
+    """The 150 classes of ADE20K's benchmark; its label files have 1 for the first one."""
+    return _lines("ade20k_labels.txt")
+
+
+def _lines(name: str) -> tuple[str, ...]:
+    return tuple((resources.files("nextvit.data") / name).read_text(encoding="utf-8").splitlines())
