@@ -8,12 +8,15 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nextvit.errors import UserError, exit_code
 from nextvit.formats import FORMATS, RUN
+
+if TYPE_CHECKING:
+    from nextvit.runtime.session import Session
 
 app = typer.Typer(
     add_completion=False,
@@ -278,6 +281,14 @@ def evaluate(
     real: Annotated[
         Path | None, typer.Option(metavar="FILE", help="real.json of ImageNet-ReaL: also count by its labels.")
     ] = None,
+    scales: Annotated[
+        str | None, typer.Option(help="Segmentation: also at other scales, such as 0.5,0.75,1,1.25,1.5,1.75.")
+    ] = None,
+    flip: Annotated[bool, typer.Option("--flip", help="Segmentation: each image mirrored, too.")] = False,
+    window: Annotated[
+        int | None, typer.Option(min=32, help="Segmentation: through a window of so many pixels that slides.")
+    ] = None,
+    boundary: Annotated[bool, typer.Option("--boundary", help="Segmentation: mIoU of the boundaries as well.")] = False,
     output: Annotated[
         Path | None, typer.Option(help="A folder for the confusion matrix, and the classes one by one.")
     ] = None,
@@ -294,7 +305,7 @@ def evaluate(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Top-1 and top-5 accuracy of a checkpoint or an exported file."""
+    """Top-1 and top-5 accuracy of a classifier, a checkpoint or an exported file; mIoU of a segmentation network."""
     from nextvit.data.loader import batches, eval_transform
     from nextvit.data.sets import default_eval_split, read_split
     from nextvit.devices import cpu_count
@@ -305,8 +316,17 @@ def evaluate(
     from nextvit.runtime.predictor import Predictor
 
     session = open_session(
-        model, weights=weights, device=device, threads=threads, precision=precision, hint=hint, trust=trust
+        model, weights=weights, device=device, threads=threads, precision=precision, hint=hint, trust=trust, dense=True
     )
+    only_masks = {"--scales": scales, "--flip": flip, "--window": window, "--boundary": boundary}
+    only_labels = {"--image-size": image_size, "--crop": crop, "--real": real}
+    dense = session.metadata.task == "segment"
+    if misplaced := [flag for flag, value in (only_labels if dense else only_masks).items() if value]:
+        raise UserError(f"{misplaced[0]} has no meaning for the task {session.metadata.task!r}; leave it out.")
+    if dense:
+        views = tuple(_numbers("--scales", scales)) if scales else (1.0,)
+        _evaluate_masks(model, session, data, split, views, flip, window, boundary, output, allow_bad, as_json)
+        return
     predictor = Predictor(session)
     _warn_of_random_weights(model, weights)
     part = read_split(data, split or default_eval_split(data), predictor.labels)
@@ -323,10 +343,7 @@ def evaluate(
         total = -(-len(part) // batch_size)
         result = run_evaluation(predictor.run, source, part, total=total, label=label, real=accepted)
         if result.rejected and not allow_bad:
-            raise UserError(
-                f"{len(result.rejected)} of {len(part)} images cannot be read, so there is no figure for all of them: "
-                f"{result.rejected[0][1]} Mend them, or leave them out with --allow-bad."
-            )
+            raise _not_all(result.rejected, len(part))
         results.append((record.preprocess, result))
     if output is not None:
         write_evaluation(results, output)
@@ -590,11 +607,62 @@ def _benchmark_loading(
 # ---- what the verbs share --------------------------------------------------------------------------------------------
 
 
+def _evaluate_masks(
+    model: str,
+    session: "Session",
+    data: str,
+    split: str | None,
+    scales: tuple[float, ...],
+    flip: bool,
+    window: int | None,
+    boundary: bool,
+    output: Path | None,
+    allow_bad: bool,
+    as_json: bool,
+) -> None:
+    """`eval` of a segmentation network."""
+    from nextvit.data.masks import mask_split, mask_splits
+    from nextvit.evaluate import evaluate_masks
+    from nextvit.report import mask_evaluation_lines, write_mask_evaluation
+    from nextvit.tasks.segment import View
+
+    name = split or ("test" if "test" in mask_splits(data) else "val")
+    part = mask_split(data, name, session.metadata.labels or None)
+    if len(part.labels) != session.metadata.num_classes:
+        raise UserError(f"{data} has {len(part.labels)} classes, and {model} {session.metadata.num_classes}.")
+    view, p = View(scales, flip, window), session.metadata.preprocess
+    result = evaluate_masks(session, part, p, view, boundary=boundary)
+    if result.rejected and not allow_bad:
+        raise _not_all(result.rejected, len(part))
+    if output is not None:
+        write_mask_evaluation(result, output)
+    told = {"model": model, "setup": vars(session.setup), "preprocess": vars(p), "view": vars(view)}
+    _show({**told, **result.to_dict()}, as_json, mask_evaluation_lines(result, p, view, session.setup))
+
+
+def _not_all(rejected: Sequence[tuple[int, str]], images: int) -> UserError:
+    return UserError(
+        f"{len(rejected)} of {images} images cannot be read, so there is no figure for all of them: {rejected[0][1]} "
+        "Mend them, or leave them out with --allow-bad."
+    )
+
+
 def _warn_of_random_weights(model: str, weights: str | None) -> None:
     from nextvit.create import list_models
 
     if model in list_models() and weights is None:
         print(f"warning: {model} has random weights here; give a checkpoint, or --weights.", file=sys.stderr)
+
+
+def _numbers(flag: str, text: str) -> list[float]:
+    """Numbers above 0, with commas between them."""
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = [0.0]
+    if not all(0 < number < 100 for number in found):
+        raise UserError(f"{flag} takes numbers above 0, with commas between them, not {text!r}.")
+    return found
 
 
 def _counts(flag: str, text: str, *, least: int = 1) -> list[int]:

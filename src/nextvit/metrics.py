@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 BINS = 15
 
@@ -81,6 +83,84 @@ class TopK:
         """Percent right of each class; None where it has no images."""
         totals = self.confusion.sum(1)
         return [100.0 * float(c) / int(n) if n else None for c, n in zip(np.diag(self.confusion), totals, strict=True)]
+
+
+@dataclass
+class PixelConfusion:
+    """Running mean intersection over union; its size does not grow with the number of images.
+
+    ignored: the label of pixels that count for nothing. boundary: also the intersection over union of the classes'
+    boundaries (Cheng et al. 2021), pixels within 2 % of the diagonal from a class's edge or the image's.
+    """
+
+    classes: int
+    ignored: int = 255
+    boundary: bool = False
+    confusion: np.ndarray = field(init=False)  # int64 (classes, classes): rows are the truth, columns the answers
+    edges: np.ndarray = field(init=False)  # int64 (2, classes): pixels in both boundaries of a class, and in either
+
+    def __post_init__(self) -> None:
+        self.confusion = np.zeros((self.classes, self.classes), np.int64)
+        self.edges = np.zeros((2, self.classes), np.int64)
+
+    def update(self, answers: np.ndarray, labels: np.ndarray) -> None:
+        """Of one image: integers (H, W), both."""
+        counts = labels != self.ignored
+        pairs = labels[counts].astype(np.int64) * self.classes + answers[counts]
+        self.confusion += np.bincount(pairs, minlength=self.classes**2).reshape(self.confusion.shape)
+        if not self.boundary:
+            return
+        width = max(1, round(0.02 * float(np.hypot(*labels.shape))))
+        for number in np.union1d(labels[counts], answers[counts]):
+            truth, answer = (_edge((values == number) & counts, width) for values in (labels, answers))
+            self.edges[:, number] += (truth & answer).sum(), (truth | answer).sum()
+
+    def merge(self, total: Callable[[np.ndarray], np.ndarray]) -> None:
+        """Take the sums over several processes, by a function that adds an array up over all of them."""
+        self.confusion, self.edges = total(self.confusion), total(self.edges)
+
+    @property
+    def pixels(self) -> int:
+        """That counted."""
+        return int(self.confusion.sum())
+
+    @property
+    def accuracy(self) -> float:
+        """Percent of pixels that are right."""
+        return 100.0 * float(np.trace(self.confusion)) / max(self.pixels, 1)
+
+    @property
+    def ious(self) -> list[float | None]:
+        """Percent of each class; None where neither truth nor answers have it."""
+        both = np.diag(self.confusion)
+        either = self.confusion.sum(0) + self.confusion.sum(1) - both
+        return _shares(both, either)
+
+    @property
+    def miou(self) -> float:
+        """Percent: the mean over the classes that truth or answers have."""
+        return _mean(self.ious)
+
+    @property
+    def boundary_miou(self) -> float:
+        """The same of the boundaries."""
+        return _mean(_shares(*self.edges))
+
+
+def _edge(mask: np.ndarray, width: int) -> np.ndarray:
+    """bool (H, W): what of a mask lies within `width` pixels, by rows and columns, of what is outside it."""
+    outside = F.pad(torch.from_numpy(~mask).float()[None], (width,) * 4, value=1.0)
+    near: np.ndarray = F.max_pool2d(outside, 2 * width + 1, stride=1)[0].numpy() > 0
+    return mask & near
+
+
+def _shares(part: np.ndarray, whole: np.ndarray) -> list[float | None]:
+    return [100.0 * int(p) / int(w) if w else None for p, w in zip(part, whole, strict=True)]
+
+
+def _mean(shares: list[float | None]) -> float:
+    known = [share for share in shares if share is not None]
+    return sum(known) / max(len(known), 1)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

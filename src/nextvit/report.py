@@ -8,19 +8,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from nextvit import plots
 from nextvit.benchmark import CONFIDENCE, Row
 from nextvit.checkpoints import kept_epoch
 from nextvit.data.check import LISTED, Checked
 from nextvit.data.images import printable
 from nextvit.describe import table
-from nextvit.evaluate import Evaluation
+from nextvit.evaluate import Evaluation, MaskEvaluation
 from nextvit.exporters.export import ExportReport
 from nextvit.exporters.parity import Parity
 from nextvit.files import write_rows, write_text
 from nextvit.metadata import Preprocess
 from nextvit.metrics import BINS
 from nextvit.runtime.session import Setup
+from nextvit.tasks.segment import View
 
 if TYPE_CHECKING:  # they need the libraries that training needs
     from nextvit.loading import ImageParts, Loading
@@ -38,10 +41,45 @@ def write_run_plots(run: Path, result: Evaluation) -> None:
     write_confusion(result, run / "plots" / "confusion.png", f"best checkpoint on {result.split.name}")
 
 
+def mask_evaluation_lines(result: MaskEvaluation, p: Preprocess, view: View, setup: Setup) -> list[str]:
+    """What an evaluation of segmentation came to, for a terminal."""
+    m = result.metrics
+    edges = f", of boundaries {m.boundary_miou:.2f} %" if m.boundary else ""
+    worst = sorted((iou, label) for label, iou in zip(result.split.labels, m.ious, strict=True) if iou is not None)
+    looked = f"windows of {view.window} pixels" if view.window else "whole images"
+    if view.scales != (1.0,) or view.flip:
+        scales = ", ".join(f"{scale:g}" for scale in view.scales)
+        looked += f", scales {scales}{', each mirrored too' if view.flip else ''}"
+    return [
+        f"mIoU {m.miou:.2f} %{edges}, pixel accuracy {m.accuracy:.2f} % ({len(worst)} classes)",
+        "least right: " + ", ".join(f"{printable(label)} {iou:.1f} %" for iou, label in worst[:3]),
+        f"{len(result.split) - len(result.rejected)} images of {result.split.name}, {len(result.rejected)} left out; "
+        f"{looked}, resized to fit {p.long_side} x {p.image_size}; {setup.runtime}, {setup.device}, {setup.precision}",
+    ]
+
+
+def write_mask_evaluation(result: MaskEvaluation, folder: Path) -> None:
+    """confusion.png and .csv of pixels, and classes.csv."""
+    m = result.metrics
+    _write_matrix(m.confusion, result.split.labels, folder / "confusion.png", f"pixels: mIoU {m.miou:.1f} %")
+    pixels, answers = m.confusion.sum(1), m.confusion.sum(0)
+    write_rows(
+        folder / "classes.csv",
+        [
+            {"class": printable(label), "pixels": int(t), "answered": int(a), "iou": "" if i is None else round(i, 4)}
+            for label, t, a, i in zip(result.split.labels, pixels, answers, m.ious, strict=True)
+        ],
+    )
+
+
 def write_confusion(result: Evaluation, path: Path, title: str) -> None:
     """The matrix as a picture, and as a CSV of counts beside it: a row a true class."""
-    labels, matrix = [printable(label) for label in result.split.labels], result.metrics.confusion
-    plots.confusion(matrix, labels, f"{title}: top-1 {result.metrics.top1:.1f} %", path)
+    _write_matrix(result.metrics.confusion, result.split.labels, path, f"{title}: top-1 {result.metrics.top1:.1f} %")
+
+
+def _write_matrix(matrix: np.ndarray, names: Sequence[str], path: Path, title: str) -> None:
+    labels = [printable(name) for name in names]
+    plots.confusion(matrix, labels, title, path)
     rows = [
         {"truth": label, **dict(zip(labels, map(int, counts), strict=True))}
         for label, counts in zip(labels, matrix, strict=True)
