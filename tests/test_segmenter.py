@@ -226,6 +226,10 @@ def test_a_classifier_gives_its_backbone_and_a_warning(head, tmp_path):
         if not key.startswith("head."):
             torch.testing.assert_close(model.state_dict()[f"backbone.{key}"], tensor, rtol=0, atol=0)
     assert model.metadata.num_classes == 5
+    torch.save(classifier.state_dict(), tmp_path / "a.pth")
+    with pytest.warns(UserWarning, match="a backbone alone"):
+        model = create_model("nextvit_nano", task="segment", head=head, weights=tmp_path / "a.pth")
+    assert (model.metadata.num_classes, model.metadata.labels) == (150, ())  # nobody trained it on ADE20K
 
 
 def test_other_classes_make_the_last_layers_new_and_say_so(tmp_path):

@@ -121,14 +121,14 @@ def create_model(
         if told is not None and task == "classify":
             metadata = replace(metadata, preprocess=told)
         found = _renamed(model_tensors(file), variant, task, file.source)
+    last = [found[f"{layer}.bias"] for layer in LAST_LAYERS if found and f"{layer}.bias" in found]
     if num_classes is None:
-        last = [found[f"{layer}.bias"] for layer in LAST_LAYERS if found and f"{layer}.bias" in found]
         num_classes = len(last[0]) if last else CLASSES[task]
     metadata = replace(metadata, num_classes=num_classes, in_channels=in_channels)
     model = _built(variant, metadata, features_only=features_only, drop_path_rate=drop_path_rate)
     if file is not None and found is not None:
         _load(model, found, file, name)
-    if file is not None and file.metadata is None:
+    if last and file is not None and file.metadata is None:
         known = class_names.imagenet() if task == "classify" else class_names.ade20k()
         metadata = replace(metadata, labels=known if len(known) == num_classes else ())
     elif len(metadata.labels) != num_classes:
