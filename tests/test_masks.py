@@ -137,7 +137,7 @@ def test_a_mask_that_cannot_be_read_is_named(content, tmp_path):
         (lambda root: save(root / "train/images/2.bmp", np.zeros((6, 8, 3), np.uint8)), r"two images of one name"),
         (lambda root: save(root / "train/masks/2.bmp", np.zeros((6, 8), np.uint8)), r"two masks of one name"),
         (lambda root: (root / "labels.txt").unlink(), r"neither labels\.txt nor colours\.csv"),
-        (lambda root: (root / "labels.txt").write_text("a\na\nb"), r"must name two to 255 classes, each once"),
+        (lambda root: (root / "labels.txt").write_text("a\na\nb"), r"must name two to 254 classes, each once"),
         (lambda root: (root / "labels.txt").write_bytes(b"\xff\xfe"), r"cannot be read as text"),
     ],
 )

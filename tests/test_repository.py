@@ -25,7 +25,7 @@ ROOMS = [  # the order of docs/architecture.md: a module imports what stands bef
     ["metrics", "tasks"],
     ["evaluate"],
     ["recipe"],
-    ["augmentation", "optimization", "teachers", "decide"],
+    ["augmentation", "dense_augmentation", "optimization", "teachers", "decide"],
     ["objective", "checkpoints"],
     ["journal", "profiling"],
     ["run"],

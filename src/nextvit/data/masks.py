@@ -18,7 +18,7 @@ from nextvit.data.split import Split
 from nextvit.errors import UserError
 
 IGNORED = 255  # the label of a pixel that no loss and no metric counts
-MOST_CLASSES = 255
+MOST_CLASSES = 254  # the last label stands for padding in training
 ADE20K = "ADEChallengeData2016"  # the folder that ADE20K's archive holds
 ANNOTATIONS = "annotations"  # what ADE20K calls its folder of masks
 PARTS = {"train": "training", "val": "validation"}  # as ADE20K names them
