@@ -106,6 +106,7 @@ def test_a_row_for_each_batch_is_compared_image_by_image(clock):
         benchmark([("a", Each(0.002, clock))], batches=[0])
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_row_for_each_runtime_with_threads_and_precision(tmp_path):
     output = tmp_path / "b.csv"
     done = nextvit_here(

@@ -103,9 +103,8 @@ def test_resuming_after_sigkill_gives_the_same_run(whole, garment_folder, tmp_pa
     assert not list(killed.glob(".*")), "no unfinished files are left"
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # signals in each phase of a run are in test_faults
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_resuming_gives_the_same_run(number, code, whole, garment_folder, tmp_path):
     stopped = tmp_path / "stopped"
     found, errors = start_and_signal(garment_folder, stopped, number, wait=0.1)
