@@ -10,8 +10,9 @@ from PIL import Image
 from nextvit.augmentation import Normalise
 from nextvit.data.masks import IGNORED
 from nextvit.data.scenes import annotation_map, compose
-from nextvit.dense_augmentation import PADDED, Crops, as_input, crop_of, distorted
+from nextvit.dense_augmentation import PADDED, as_input, crop_of, distorted
 from nextvit.metadata import Preprocess
+from nextvit.recipe import Crops
 
 PLAIN = Crops(64, 48, 192, flip=0.0, distortion=False)
 

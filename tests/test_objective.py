@@ -12,7 +12,7 @@ from nextvit.create import create_model
 from nextvit.data.sets import read_split
 from nextvit.data.split import UNLABELLED, with_unlabelled
 from nextvit.errors import UserError
-from nextvit.objective import Objective, class_weights, objective
+from nextvit.objective import LabelLoss, class_weights, label_loss
 from nextvit.recipe import Distillation, parse_recipe, read_recipe
 from nextvit.run import Machine
 from nextvit.teachers import open_teacher
@@ -27,7 +27,7 @@ INDICES = torch.tensor([0, 3, 1, 1, 2, 0])
 
 def loss(indices: Tensor, **how) -> Tensor:
     how = {"label_smoothing": 0.0, "class_weights": None, "distillation": Distillation(), "teacher": None} | how
-    own = Objective(4, **how)
+    own = LabelLoss(4, **how)
     return own.loss(LOGITS, torch.zeros(6, 3, 8, 8), own.targets(indices))
 
 
@@ -102,7 +102,7 @@ def test_a_student_learns_from_a_teacher_without_any_label_of_its_own(garment_fo
     recipe = read_recipe("default", [*settings, f"distillation.unlabelled={garment_folder}", "distillation.share=1"])
     train(garment_folder, recipe, tmp_path / "run", machine=Machine(threads=1, workers=0))
     assert read_weights(tmp_path / "run" / "last.ckpt").state["images"] == 48 + 60 - (48 + 60) % 8
-    made = objective(recipe, read_split(garment_folder, "train"), torch.device("cpu"))
+    made = label_loss(recipe, read_split(garment_folder, "train"), torch.device("cpu"))
     image = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
         torch.testing.assert_close(made.teacher(image), teacher(image)[:, [3, 0, 1]])

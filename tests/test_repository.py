@@ -27,7 +27,7 @@ ROOMS = [  # the order of docs/architecture.md: a module imports what stands bef
     ["recipe"],
     ["augmentation", "dense_augmentation", "optimization", "teachers", "decide"],
     ["objective", "checkpoints"],
-    ["journal", "profiling"],
+    ["learning", "journal", "profiling"],
     ["run"],
     ["train"],
     ["formats"],

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from nextvit.data import scenes
-from nextvit.data.scenes import GROUPS, SIZE, Scene, compose, rle, scenes_folder
+from nextvit.data.rle import rle
+from nextvit.data.scenes import GROUPS, SIZE, Scene, compose, scenes_folder
 
 TRAIN, VAL = 6, 3  # scenes on disk
 PARTS = {"train": ("training", TRAIN), "val": ("validation", VAL)}

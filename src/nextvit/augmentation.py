@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from nextvit.data.loader import Read, Transform
+from nextvit.data.loader import Transform
 from nextvit.data.seeds import generator, word
+from nextvit.data.split import ReadImage
 from nextvit.extras import need
 from nextvit.metadata import Preprocess
 from nextvit.recipe import Images, Mixing
@@ -33,7 +34,7 @@ def sample_transform(images: Images, p: Preprocess) -> Transform:
     crop = v2.RandomResizedCrop(images.size, area, aspect)
     augment = randaugment(images) if images.randaugment else None
 
-    def transform(read: Read) -> Tensor:
+    def transform(read: ReadImage) -> Tensor:
         box = np.zeros(4)  # left, top, right, bottom in shares of the sides
 
         def draft(width: int, height: int) -> tuple[float, float]:

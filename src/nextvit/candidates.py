@@ -16,7 +16,7 @@ from nextvit.footprint import footprint
 from nextvit.formats import RUN, format_named, format_of
 from nextvit.pipeline import Pipeline
 from nextvit.progress import say, track
-from nextvit.runtime.open import HINTS, open_model, open_session
+from nextvit.runtime.open import HINTS, open_network, open_session
 from nextvit.runtime.session import Session, insist_on_latency
 from nextvit.runtime.torch_session import KINDS, TorchSession
 
@@ -64,7 +64,7 @@ def open_candidates(
             files = _export_each(name, weights, runtimes, Path(folder, str(number))) if own is None else {"": own}
             for precision, (runtime, file), count, hint in product(precisions, files.items(), threads, hints):
                 if runtime in KINDS:
-                    opener = partial(_open_network, name, weights, device, count, precision, runtime, hint)
+                    opener = partial(_opened, name, weights, device, count, precision, runtime, hint)
                 else:
                     opener = partial(
                         open_session,
@@ -109,7 +109,7 @@ def with_pipelines(rows: Sequence[Row], pipelines: Sequence[Pipeline]) -> list[R
 
 def _export_each(name: str, weights: str | None, runtimes: Sequence[str], stem: Path) -> dict[str, Path | None]:
     """The file of a network on each runtime: of a variant or checkpoint itself on torch, else an export."""
-    network = open_model(name, weights)
+    network = open_network(name, weights)
     files: dict[str, Path | None] = {}
     for runtime in runtimes:
         if runtime in KINDS:
@@ -121,11 +121,11 @@ def _export_each(name: str, weights: str | None, runtimes: Sequence[str], stem: 
     return files
 
 
-def _open_network(
+def _opened(
     name: str, weights: str | None, device: str, threads: int, precision: str | None, kind: str, hint: str
 ) -> Session:
     insist_on_latency(hint, "torch")
-    return TorchSession(open_model(name, weights), device=device, threads=threads, precision=precision, kind=kind)
+    return TorchSession(open_network(name, weights), device=device, threads=threads, precision=precision, kind=kind)
 
 
 def _fast(device: str) -> str:

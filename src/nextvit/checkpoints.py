@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,31 +29,45 @@ class Epoch:
     epoch: int  # from 1
     lr: float  # at the last step of the epoch
     train_loss: float  # mean over the epoch's images, against the targets as they were smoothed and mixed
-    val_loss: float  # cross entropy
-    val_top1: float  # percent
-    val_top5: float
-    ema_loss: float | None  # the same of the running mean of the weights
-    ema_top1: float | None
-    ema_top5: float | None
+    val: dict[str, float]  # the numbers of the task on the validation images
+    ema: dict[str, float] | None  # the same of the running mean of the weights
     images: int  # seen in training so far
 
     @property
     def merit(self) -> tuple[float, float]:
-        """Top-1 on `val`, and of equal ones the lower loss; of the running mean where that is better."""
-        raw = (self.val_top1, -self.val_loss)
-        return raw if self.ema_top1 is None or self.ema_loss is None else max(raw, (self.ema_top1, -self.ema_loss))
+        """That of the weights, or of their running mean where that is better."""
+        return max(merit(numbers) for numbers in (self.val, self.ema) if numbers is not None)
 
     @property
     def by_mean(self) -> bool:
         """Whether that was reached by the running mean."""
-        return self.merit != (self.val_top1, -self.val_loss)
+        return self.merit != merit(self.val)
+
+    def row(self) -> dict[str, Any]:
+        """As metrics.csv has it: val_loss, ema_top1."""
+        of = {f"{name}_{key}": n for name in ("val", "ema") for key, n in (getattr(self, name) or {}).items()}
+        return {
+            "epoch": self.epoch,
+            "lr": self.lr,
+            "train_loss": self.train_loss,
+            **of,
+            "images": self.images,
+        }
+
+
+def merit(numbers: dict[str, float]) -> tuple[float, float]:
+    """What decides between epochs, the greater the better: top-1, and of equal ones the loss; mIoU and accuracy."""
+    if "miou" in numbers:
+        return numbers["miou"], numbers["accuracy"]
+    return numbers["top1"], -numbers["loss"]
 
 
 def kept_epoch(scores: Sequence[float], images: int) -> int:
-    """Index of the epoch whose weights are kept: the last one within a standard error of the highest top-1 (percent).
+    """Index of the epoch whose weights are kept: the last one within a standard error of the highest score (percent).
 
     images: how many `val` has. Of few images the highest score is luck, mostly, and then that of an early epoch, at a
-    high rate; the rule is that of Breiman et al., Classification and Regression Trees (1984).
+    high rate; the rule is that of Breiman et al., Classification and Regression Trees (1984). The error is that of a
+    share of images that are right; that of a mean of shares of pixels is less.
     """
     highest = max(scores)
     error = math.sqrt(highest * (100 - highest) / images)
@@ -178,9 +192,3 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
 def read_position(state: dict[str, Any]) -> Position:
     known = {f.name: state[f.name] for f in fields(Position)}
     return Position(**{**known, "history": [Epoch(**row) for row in state["history"]]})
-
-
-def rows(history: list[Epoch]) -> list[dict[str, Any]]:
-    """metrics.csv; columns that no epoch has a number for are left out."""
-    found = [asdict(row) for row in history]
-    return [{key: row[key] for key in row if any(other[key] is not None for other in found)} for row in found]

@@ -40,10 +40,12 @@ Weights = Annotated[
     typer.Option(help="With a variant's name: a weight file, a published tag such as in1k, or hf-hub:org/name."),
 ]
 Output = Annotated[Path | None, typer.Option(help="Where to write.")]
-RecipeName = Annotated[
-    str,
-    typer.Option(help="default, demo, distill, finetune, in1k_300e, in1k_300e_paper, in1k_384, or a YAML file."),
-]
+RECIPES = (
+    "default, demo, distill, finetune, in1k_300e, in1k_300e_paper, in1k_384; finetune_segment, fpn_80k, fpn_80k_paper, "
+    "upernet_160k; or a YAML file"
+)
+RecipeName = Annotated[str, typer.Option(help=f"{RECIPES}.")]
+Task = Annotated[str | None, typer.Option(help="classify or segment; left out: the recipe's own.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; left out: the runtime's own choice.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
@@ -86,11 +88,11 @@ def train(
     data: Annotated[
         str, typer.Argument(metavar="DATA", help="A folder with train/ and val/, or of classes; or `demo`.")
     ],
+    task: Annotated[str | None, typer.Option(help="classify or segment; left out: the recipe's own.")] = None,
     model: Annotated[str | None, typer.Option(help="The variant; left out: the recipe's own.")] = None,
     recipe: Annotated[
-        str,
-        typer.Option(help="default, demo, distill, finetune, in1k_300e, in1k_300e_paper, in1k_384, or a YAML file."),
-    ] = "default",
+        str | None, typer.Option(help=f"{RECIPES}. Left out: default, or finetune_segment for that task.")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the images.")] = None,
     weights: Annotated[
         str | None,
@@ -133,12 +135,12 @@ def train(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Train or fine-tune a classifier on a folder of images, and keep all of it in a run folder."""
+    """Train or fine-tune on a folder of images, and keep all of it in a run folder."""
     from nextvit.extras import need
 
     for library in ("yaml", "pydantic", "torchvision", "matplotlib"):
         need(library, extra="train")  # now, not after hours of training
-    from nextvit.recipe import parse_recipe, read_recipe
+    from nextvit.recipe import of_task, parse_recipe, read_recipe, with_image_size
     from nextvit.report import write_run_plots
     from nextvit.run import Machine, new_run_folder
     from nextvit.train import train as run_training
@@ -148,12 +150,11 @@ def train(
         "weights": weights,
         "schedule.epochs": epochs,
         "batch_size": batch_size,
-        "images.size": image_size,
         "seed": seed,
     }
     values = {key: value for key, value in flags.items() if value is not None}
     if resume is not None:
-        if output is not None or values or recipe != "default":
+        if output is not None or values or recipe or task or image_size:
             raise UserError("--resume goes on as that run had it; leave out flags that would change it, or use --set.")
         try:
             text = (resume / "recipe.yaml").read_text(encoding="utf-8")
@@ -163,7 +164,10 @@ def train(
             ) from error
         chosen, run = parse_recipe(text, str(resume / "recipe.yaml")), resume
     else:
-        chosen = read_recipe(recipe, override or [], values)
+        name = recipe or ("finetune_segment" if task == "segment" else "default")
+        chosen = of_task(read_recipe(name, override or [], values), task, name)
+        if image_size is not None:
+            chosen = with_image_size(chosen, image_size)
         run = output or new_run_folder(data, chosen)
     machine = Machine(
         device=device,
@@ -189,7 +193,7 @@ def train(
         {"run": str(run), "model": str(best), "val": result.to_dict()},
         as_json,
         [
-            f"{best}: val top-1 {_with_error(result)}",
+            f"{best}: val {_told(result)}",
             f"next: nextvit export {best} --to onnx",
             f"      nextvit predict {best} IMAGE...",
         ],
@@ -199,6 +203,9 @@ def train(
 @data_app.command(name="check", epilog="Example: nextvit data check photos --output check.html")
 def data_check(
     data: Annotated[str, typer.Argument(metavar="DATA", help="A folder as `train` takes it, or `demo`.")],
+    task: Annotated[
+        str | None, typer.Option(help="classify or segment; left out: segment where there are masks, else classify.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="FILE.html: the same as a page.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 2 if training would go wrong.")] = False,
     as_json: Json = False,
@@ -208,10 +215,12 @@ def data_check(
     from dataclasses import asdict
 
     from nextvit.data.check import check
-    from nextvit.data.sets import read_splits
+    from nextvit.data.sets import TASKS, read_splits, task_of
     from nextvit.report import check_lines, write_check
 
-    found = check(read_splits(data))
+    if task not in (None, *TASKS):
+        raise UserError(f"--task takes {' or '.join(TASKS)}, not {task!r}.")
+    found = check(read_splits(data, task or task_of(data)))
     if output is not None:
         write_check(found, data, output)
     _show({**asdict(found), "serious": found.serious}, as_json, check_lines(found))
@@ -316,7 +325,7 @@ def evaluate(
     from nextvit.runtime.predictor import Predictor
 
     session = open_session(
-        model, weights=weights, device=device, threads=threads, precision=precision, hint=hint, trust=trust, dense=True
+        model, weights=weights, device=device, threads=threads, precision=precision, hint=hint, trust=trust
     )
     only_masks = {"--scales": scales, "--flip": flip, "--window": window, "--boundary": boundary}
     only_labels = {"--image-size": image_size, "--crop": crop, "--real": real}
@@ -362,7 +371,17 @@ def predict(
         Path | None, typer.Option(help="FILE.jsonl or FILE.csv; left out: JSON Lines on standard output.")
     ] = None,
     save_images: Annotated[
-        Path | None, typer.Option(help="Also write each image, with its label on it, into this folder.")
+        Path | None, typer.Option(help="Also write each image, with its label on it, or its classes, into this folder.")
+    ] = None,
+    save_masks: Annotated[
+        Path | None, typer.Option(help="Segmentation: also a PNG of the class of each pixel, into this folder.")
+    ] = None,
+    save_polygons: Annotated[
+        Path | None, typer.Option(help="Segmentation: also each class's regions as GeoJSON, into this folder.")
+    ] = None,
+    tile: Annotated[
+        int | None,
+        typer.Option(min=64, help="Segmentation: images as they are, in tiles of so many pixels: for very large ones."),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an --output that was interrupted, after its last whole row.")
@@ -379,18 +398,32 @@ def predict(
     debug: Debug = False,
 ) -> None:
     """Label images: one row a file, in order, with the best labels and their scores, or why it could not be read."""
-    from nextvit.data.images import printable
     from nextvit.data.sources import expand
+    from nextvit.extras import need
     from nextvit.progress import say, track
-    from nextvit.results import collecting, draw, interrupted_rows, open_results
+    from nextvit.results import (
+        collecting,
+        draw,
+        interrupted_rows,
+        open_results,
+        picture_name,
+        write_mask,
+        write_polygons,
+    )
     from nextvit.runtime.open import open_session
     from nextvit.runtime.predictor import Predictor
+    from nextvit.tasks.segment import Segmentation
 
     files = expand(source)
     session = open_session(
         model, weights=weights, device=device, threads=threads, precision=precision, hint=hint, trust=trust
     )
     predictor = Predictor(session)
+    only_masks = {"--save-masks": save_masks, "--save-polygons": save_polygons, "--tile": tile}
+    if predictor.task != "segment" and (misplaced := [flag for flag, value in only_masks.items() if value]):
+        raise UserError(f"{misplaced[0]} has no meaning for the task {predictor.task!r}; leave it out.")
+    if save_polygons is not None:
+        need("cv2", extra="segment")  # now, not after the first image
     _warn_of_random_weights(model, weights)
     done, good = interrupted_rows(output, files) if resume else (0, 0)
     if done:
@@ -399,7 +432,7 @@ def predict(
     collect = as_json and output is None
     with collecting(rows) if collect else open_results(output, go_on=done > 0) as write:
         answers = track(
-            predictor.stream(files[done:], batch_size=batch_size),
+            predictor.stream(files[done:], batch_size=batch_size, tile=tile),
             total=len(files),
             label="predict",
             unit="images",
@@ -409,8 +442,13 @@ def predict(
             write(file, result)
             if not isinstance(result, str):
                 good += 1
+                name = picture_name(number, file)
                 if save_images is not None:
-                    draw(file, result, save_images / f"{number:06}-{printable(file.stem)[:60]}.png")
+                    draw(file, result, save_images / f"{name}.png")
+                if isinstance(result, Segmentation) and save_masks is not None:
+                    write_mask(result, save_masks / f"{name}.png")
+                if isinstance(result, Segmentation) and save_polygons is not None:
+                    write_polygons(result, save_polygons / f"{name}.geojson")
     bad = len(files) - good
     if as_json:
         counts = {"files": len(files), "answered": good, "rejected": bad}
@@ -447,6 +485,9 @@ def export(
     preprocess: Annotated[
         bool, typer.Option("--preprocess", help="The file takes uint8 images of any size and prepares them itself.")
     ] = False,
+    class_map: Annotated[
+        bool, typer.Option("--class-map", help="Segmentation: the file gives the class of each pixel, not logits.")
+    ] = False,
     stages: Annotated[
         bool, typer.Option("--stages", help="Compare what each stage gives too, to find where a file goes wrong.")
     ] = False,
@@ -458,13 +499,14 @@ def export(
     from nextvit.exporters.export import export as run_export
     from nextvit.formats import format_named, format_of
     from nextvit.report import export_lines
-    from nextvit.runtime.open import open_model
+    from nextvit.runtime.open import open_network
 
     fmt = format_named(to)
     if output is not None and format_of(output) != fmt:
         raise UserError(f"--to {to} writes {fmt.suffix} files; --output {output} ends otherwise.")
-    network = open_model(model, weights)
-    metadata = replace(network.metadata.with_image_size(image_size), precision=precision, takes_pixels=preprocess)
+    network = open_network(model, weights)
+    metadata = network.metadata.with_image_size(image_size)
+    metadata = replace(metadata, precision=precision, takes_pixels=preprocess, gives_classes=class_map)
     path = output or default_path(model, metadata, to)
     report = run_export(
         network,
@@ -476,6 +518,7 @@ def export(
         qat_epochs=qat_epochs,
         dynamic=not static,
         preprocess=preprocess,
+        class_map=class_map,
         stages=stages,
     )
     _show(report.to_dict(), as_json, export_lines(report))
@@ -540,8 +583,7 @@ def benchmark(
         others = (runtimes, precision, batch_size, weights, device, threads, hint, memory, images, trust)
         if others != ("folded", None, "1", None, "auto", None, "latency", False, None, False):
             raise UserError("--data goes with --recipe, --workers, --image-size, --rounds, --seed and --output alone.")
-        values = {"images.size": image_size, "seed": seed}
-        _benchmark_loading(data, recipe, values, workers, rounds, output, as_json)
+        _benchmark_loading(data, recipe, image_size, seed, workers, rounds, output, as_json)
         return
     if workers is not None or recipe != "default":
         raise UserError("--recipe and --workers go with --data.")
@@ -581,7 +623,8 @@ def benchmark(
 def _benchmark_loading(
     data: str,
     name: str,
-    values: dict[str, Any],
+    image_size: int | None,
+    seed: int | None,
     workers: str | None,
     rounds: int,
     output: Path | None,
@@ -590,15 +633,17 @@ def _benchmark_loading(
     from nextvit.data.sets import read_split
     from nextvit.devices import cpu_count
     from nextvit.loading import measure_loading, measure_parts
-    from nextvit.recipe import read_recipe
+    from nextvit.recipe import read_recipe, with_image_size
     from nextvit.report import loading_lines, write_loading
 
-    recipe = read_recipe(name, values={key: value for key, value in values.items() if value is not None})
-    split = read_split(data, "train")
+    recipe = read_recipe(name, values={} if seed is None else {"seed": seed})
+    if image_size is not None:
+        recipe = with_image_size(recipe, image_size)
+    split = read_split(data, "train", task=recipe.task)
     counts = _counts("--workers", workers, least=0) if workers else sorted({0, 1, cpu_count()})
     parts = measure_parts(split, recipe)
     rows = measure_loading(split, recipe, workers=counts, rounds=rounds)
-    shown = {"images": len(split), "recipe": name, "image_size": recipe.images.size, "parts": vars(parts)}
+    shown = {"images": len(split), "recipe": name, "image_size": recipe.side, "parts": vars(parts)}
     _show({**shown, "rows": [row.to_dict() for row in rows]}, as_json, loading_lines(rows, parts, recipe, rounds))
     if output is not None:
         write_loading(rows, output)
@@ -621,17 +666,19 @@ def _evaluate_masks(
     as_json: bool,
 ) -> None:
     """`eval` of a segmentation network."""
-    from nextvit.data.masks import mask_split, mask_splits
+    from nextvit.data.masks import mask_split
+    from nextvit.data.sets import default_eval_split
     from nextvit.evaluate import evaluate_masks
     from nextvit.report import mask_evaluation_lines, write_mask_evaluation
     from nextvit.tasks.segment import View
 
-    name = split or ("test" if "test" in mask_splits(data) else "val")
-    part = mask_split(data, name, session.metadata.labels or None)
+    part = mask_split(data, split or default_eval_split(data, "segment"), session.metadata.labels or None)
+    if part.unpaired and not allow_bad:
+        raise UserError(f"{part.unpaired[0]} Mend it, or leave such out with --allow-bad.")
     if len(part.labels) != session.metadata.num_classes:
         raise UserError(f"{data} has {len(part.labels)} classes, and {model} {session.metadata.num_classes}.")
     view, p = View(scales, flip, window), session.metadata.preprocess
-    result = evaluate_masks(session, part, p, view, boundary=boundary)
+    result = evaluate_masks(session, part, session.metadata, view, boundary=boundary)
     if result.rejected and not allow_bad:
         raise _not_all(result.rejected, len(part))
     if output is not None:
@@ -677,9 +724,11 @@ def _counted(counts: dict[str, int]) -> list[str]:
     return [f"{name}: {count} images" for name, count in counts.items()]
 
 
-def _with_error(result: Any) -> str:
+def _told(result: Any) -> str:
     m = result.metrics
-    return f"{m.top1:.2f} % (standard error {m.standard_error:.2f}, {m.images} images)"
+    if "miou" in result.numbers:
+        return f"mIoU {m.miou:.2f} % ({len(result.split) - len(result.rejected)} images)"
+    return f"top-1 {m.top1:.2f} % (standard error {m.standard_error:.2f}, {m.images} images)"
 
 
 def _show(values: Any, as_json: bool, lines: Sequence[str] | None = None) -> None:

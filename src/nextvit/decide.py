@@ -8,6 +8,7 @@ from nextvit.data.split import Split
 from nextvit.progress import say
 from nextvit.recipe import Recipe
 from nextvit.spec import VARIANTS
+from nextvit.timm_maps import PREFIX
 from nextvit.weights import PUBLISHED, TAGS, NotFetched, read_weights, resolve
 
 SMALLEST = VARIANTS[0].name
@@ -26,7 +27,8 @@ def decided(recipe: Recipe, training: Split) -> Recipe:
         epochs = min(MOST_EPOCHS, max(LEAST_EPOCHS, round(IMAGES_TO_SEE / len(training))))
         recipe = replace(recipe, schedule=replace(recipe.schedule, epochs=epochs))
     if recipe.optimizer.layer_decay is None:
-        decay = 1.0 if recipe.weights == "none" else LAYER_DECAY  # of random weights nothing is worth keeping
+        ours = recipe.weights != "none" and not recipe.variant.startswith(PREFIX)
+        decay = LAYER_DECAY if ours else 1.0  # of random weights nothing is worth keeping
         recipe = replace(recipe, optimizer=replace(recipe.optimizer, layer_decay=decay))
     if recipe.optimizer.lr is None:
         # The square-root rule, for Adam. From weights it is the rate of the head: earlier layers have lower ones.

@@ -4,7 +4,7 @@ As the authors trained: every step, its order and its rounding are those of thei
 by torch, a level apart at most.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -12,33 +12,31 @@ from PIL import Image
 from torch import Tensor
 
 from nextvit.augmentation import Normalise
-from nextvit.data.images import fitted
+from nextvit.data.images import fitted, nearest
+from nextvit.data.loader import Transform
 from nextvit.data.masks import IGNORED
 from nextvit.extras import need
+from nextvit.recipe import Crops
 
 PADDED = 254  # a label of padding on its way to the network, where its pixels become 0 and the label IGNORED
 HUE_LEVELS = 180
 
 
-@dataclass(frozen=True)
-class Crops:
-    """What is drawn for an image."""
+def crop_transform(crops: Crops) -> Transform:
+    """Of an image and its labels, from torch's generator."""
+    need("cv2", extra="train")
 
-    size: int = 512  # pixels a side of a crop
-    short_side: int = 512  # pixels that an image fits into, before its scale
-    long_side: int = 2048
-    scale: tuple[float, float] = (0.5, 2.0)  # drawn evenly
-    largest_class: float = 0.75  # less of a crop's labelled pixels are of one class,
-    tries: int = 10  # if one of so many crops is such
-    flip: float = 0.5  # probability
-    distortion: bool = True  # of brightness, contrast, saturation, hue
+    def transform(read: Callable[[], tuple[Image.Image, np.ndarray]]) -> Tensor:
+        return crop_of(*read(), crops, np.random.default_rng(int(torch.randint(2**62, ()))))
+
+    return transform
 
 
 def crop_of(image: Image.Image, labels: np.ndarray, crops: Crops, rng: np.random.Generator) -> Tensor:
     """An RGB image and uint8 labels (H, W) -> uint8 (size, size, 4): colours and label, the rest padding."""
     ratio = rng.uniform(*crops.scale)
     pixels = fitted(np.asarray(image), int(crops.short_side * ratio), int(crops.long_side * ratio))
-    labels = _nearest(labels, pixels.shape[:2])
+    labels = nearest(labels, pixels.shape[:2])
     box = _box(labels, crops, rng)
     pixels, labels = pixels[box], labels[box]
     if rng.random() < crops.flip:
@@ -49,12 +47,6 @@ def crop_of(image: Image.Image, labels: np.ndarray, crops: Crops, rng: np.random
     height, width = labels.shape
     sample[:height, :width, :3], sample[:height, :width, 3] = pixels, labels
     return torch.from_numpy(sample)
-
-
-def _nearest(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """uint8 (H, W) -> uint8 of `size`, each pixel the one that its upper left corner lies in."""
-    rows, columns = (np.arange(new) * old // new for new, old in zip(size, labels.shape, strict=True))
-    return labels[rows[:, None], columns]
 
 
 def _box(labels: np.ndarray, crops: Crops, rng: np.random.Generator) -> tuple[slice, slice]:
@@ -85,7 +77,7 @@ def distorted(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         pixels = _to_rgb(hue, _levels(saturation, rng.uniform(0.5, 1.5), 0.0), value)
     if rng.integers(2):
         hue, saturation, value = _to_hsv(pixels)
-        pixels = _to_rgb((hue + int(rng.integers(-18, 18))) % HUE_LEVELS, saturation, value)
+        pixels = _to_rgb((hue.astype(int) + int(rng.integers(-18, 18))) % HUE_LEVELS, saturation, value)
     if not early and rng.integers(2):
         pixels = _levels(pixels, rng.uniform(0.5, 1.5), 0.0)
     return pixels

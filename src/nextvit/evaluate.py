@@ -14,11 +14,11 @@ from nextvit.data.loader import Batch
 from nextvit.data.masks import MaskSplit
 from nextvit.data.split import Split
 from nextvit.errors import UserError
-from nextvit.metadata import Metadata, Preprocess
+from nextvit.metadata import Metadata
 from nextvit.metrics import PixelConfusion, TopK
 from nextvit.processes import ALONE, Processes
 from nextvit.progress import track
-from nextvit.tasks.segment import View, class_map
+from nextvit.tasks.segment import ONCE, View, class_map
 
 Run = Callable[[np.ndarray], np.ndarray]  # float32 (B, 3, H, W), normalised -> the outputs of the task
 OFFICIAL_CROP = 0.875  # 256 to 224, 438 to 384: what the authors' figures were measured with
@@ -39,6 +39,16 @@ class Evaluation:
     def real_top1(self) -> float | None:
         """Percent (Beyer et al. 2020): the answer is one of the labels that people gave the image."""
         return None if self.real is None else 100.0 * self.real[0] / max(self.real[1], 1)
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """What a run keeps of it."""
+        return {"loss": self.metrics.loss, "top1": self.metrics.top1, "top5": self.metrics.top5}
+
+    @property
+    def told(self) -> str:
+        """For a line of a run's log."""
+        return f"loss {self.metrics.loss:.3f}, top-1 {self.metrics.top1:.1f} %"
 
     def to_dict(self) -> dict[str, object]:
         m = self.metrics
@@ -97,6 +107,14 @@ class MaskEvaluation:
     metrics: PixelConfusion
     rejected: tuple[tuple[int, str], ...]
 
+    @property
+    def numbers(self) -> dict[str, float]:
+        return {"miou": self.metrics.miou, "accuracy": self.metrics.accuracy}
+
+    @property
+    def told(self) -> str:
+        return f"mIoU {self.metrics.miou:.1f} %, pixel accuracy {self.metrics.accuracy:.1f} %"
+
     def to_dict(self) -> dict[str, object]:
         m = self.metrics
         return {
@@ -111,20 +129,32 @@ class MaskEvaluation:
         }
 
 
-def evaluate_masks(run: Run, split: MaskSplit, p: Preprocess, view: View, *, boundary: bool = False) -> MaskEvaluation:
-    """Count pixels over all images, each at its own size. UserError where no image or mask could be read.
+def evaluate_masks(
+    run: Run,
+    split: MaskSplit,
+    m: Metadata,
+    view: View = ONCE,
+    *,
+    boundary: bool = False,
+    label: str = "evaluate",
+    processes: Processes = ALONE,
+) -> MaskEvaluation:
+    """Count pixels over all images, each at its own size, over all processes. UserError where none could be read.
 
     run: takes images of any size. boundary: also of the boundaries, which takes longer.
     """
-    metrics, rejected = PixelConfusion(len(split.labels), boundary=boundary), []
-    for index in track(range(len(split)), total=len(split), label="evaluate", unit="images"):
+    metrics = PixelConfusion(len(split.labels), boundary=boundary)
+    rejected: list[tuple[int, str]] = []
+    mine = range(processes.rank, len(split), processes.count)
+    for index in track(mine, total=len(mine), label=label, unit="images"):
         try:
-            image = split.read(index)
-            labels = split.labels_of(index, image.size)
+            image, labels = split.both(index)
         except ImageRejected as error:
             rejected.append((index, str(error)))
             continue
-        metrics.update(class_map(run, image, p, view), labels)
+        metrics.update(class_map(run, image, m, view), labels)
+    metrics.merge(processes.sum)
+    rejected = [found for part in processes.gather(rejected) for found in part]
     if len(rejected) == len(split):
         raise UserError(f"none of the {len(split)} images of {split.name} can be used: {rejected[0][1]}")
     return MaskEvaluation(split, metrics, tuple(rejected))

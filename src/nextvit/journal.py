@@ -4,7 +4,6 @@ import contextlib
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ class Journal:
 
     def epoch(self, row: Epoch) -> None:
         """Under its own names: val_top1 becomes val/top1."""
-        numbers = {key: value for key, value in asdict(row).items() if value is not None and key != "epoch"}
+        numbers = {key: value for key, value in row.row().items() if key != "epoch"}
         self._write({key.replace("_", "/", 1): value for key, value in numbers.items()})
 
     def _write(self, numbers: dict[str, float]) -> None:

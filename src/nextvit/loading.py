@@ -1,22 +1,21 @@
 """How fast training gets its images: the loader alone, with no network behind it."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
-from nextvit.augmentation import Normalise, sample_transform
 from nextvit.benchmark import CONFIDENCE, fewest_rounds, median_interval
-from nextvit.data.images import Draft, ImageRejected
-from nextvit.data.loader import AHEAD, batches
+from nextvit.data.images import ImageRejected
+from nextvit.data.loader import AHEAD, Transform, batches
 from nextvit.data.seeds import seeded
 from nextvit.data.split import Split
 from nextvit.errors import UserError
+from nextvit.learning import LEARNING
 from nextvit.metadata import Preprocess
 from nextvit.progress import track
 from nextvit.recipe import Recipe
@@ -52,7 +51,7 @@ class ImageParts:
 
 
 def measure_loading(split: Split, recipe: Recipe, *, workers: Sequence[int], rounds: int) -> list[Loading]:
-    """Training batches as the recipe has them, from files to normalised input; a row for each number of processes.
+    """Training batches as the recipe has them, from files to what is sent to the device; a row a number of processes.
 
     In every round each row loads TIMED batches, in an order drawn anew, so that what disturbs the machine disturbs all.
     """
@@ -72,13 +71,11 @@ def measure_loading(split: Split, recipe: Recipe, *, workers: Sequence[int], rou
 
 def _rate(split: Split, recipe: Recipe, workers: int, epoch: int) -> float:
     """Images a second, once every process has what it may prepare ahead."""
-    p = Preprocess(image_size=recipe.images.size, interpolation=recipe.images.interpolation)
-    normalise, ahead = Normalise(p, torch.device("cpu")), AHEAD * workers + 1
+    transform, ahead = _transform(recipe), AHEAD * workers + 1
     wanted = np.resize(split.order(recipe.seed, epoch), (ahead + TIMED, BATCH))
     loaded, begun = 0, 0.0
-    source = batches(split, sample_transform(recipe.images, p), order=list(wanted), seed=(0, epoch), workers=workers)
+    source = batches(split, transform, order=list(wanted), seed=(0, epoch), workers=workers)
     for number, batch in enumerate(source, 1):
-        normalise(batch.images)
         if number > ahead:
             loaded += len(batch.indices)
         elif number == ahead:
@@ -88,10 +85,14 @@ def _rate(split: Split, recipe: Recipe, workers: int, epoch: int) -> float:
     return loaded / (time.perf_counter() - begun)
 
 
+def _transform(recipe: Recipe) -> Transform:
+    learning = LEARNING[recipe.task]
+    return learning.transform(recipe, learning.prepared(recipe, Preprocess()))
+
+
 def measure_parts(split: Split, recipe: Recipe) -> ImageParts:
     """Where the time of an image goes, in this process."""
-    p = Preprocess(image_size=recipe.images.size, interpolation=recipe.images.interpolation)
-    transform, times = sample_transform(recipe.images, p), []
+    transform, times = _transform(recipe), []
     chosen = np.linspace(0, len(split) - 1, min(len(split), LOOKED_AT)).astype(int).tolist()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as a loading process has it
@@ -101,7 +102,7 @@ def measure_parts(split: Split, recipe: Recipe) -> ImageParts:
             try:
                 with seeded(recipe.seed, index):
                     begun = time.perf_counter()
-                    transform(partial(_read, split, index, marks))
+                    transform(partial(_timed, split.sample(index), marks))
                     times.append((marks[0] - begun, time.perf_counter() - marks[0]))
             except ImageRejected:
                 continue
@@ -113,7 +114,7 @@ def measure_parts(split: Split, recipe: Recipe) -> ImageParts:
     return ImageParts(max(1, len(times) - 1), float(read), float(augment))
 
 
-def _read(split: Split, index: int, marks: list[float], draft: Draft | None) -> Image.Image:
-    image = split.read(index, draft)
+def _timed(read: Callable[..., Any], marks: list[float], *how: Any) -> Any:
+    found = read(*how)
     marks.append(time.perf_counter())
-    return image
+    return found

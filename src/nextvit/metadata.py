@@ -74,13 +74,19 @@ class Metadata:
     in_channels: int = 3
     kv_pooling: KvPooling = "sequence"
     takes_pixels: bool = False  # the file prepares images itself: uint8 (B, H, W, 3) of any size
+    gives_classes: bool = False  # segmentation: the file gives the class of each pixel of its input, int32 (B, H, W)
+    fixed_sides: bool = False  # segmentation: it takes inputs of image_size x image_size alone
     precision: str = "fp32"  # that the file is made for: "fp32", "fp16", "bf16" or "int8"
     version: str = ""  # of nextvit, when the file was written
     recipe: str = ""  # SHA-256 of the training recipe; empty: not trained here
 
     def with_image_size(self, size: int | None) -> "Metadata":
-        """The same record for another input size; None: unchanged."""
-        return self if size is None else replace(self, preprocess=replace(self.preprocess, image_size=size))
+        """The same record for another input size, a longest side with it; None: unchanged."""
+        if size is None:
+            return self
+        p = self.preprocess
+        long = p.long_side if p.long_side is None else round(p.long_side * size / p.image_size)
+        return replace(self, preprocess=replace(p, image_size=size, long_side=long))
 
     def input_shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Of what the file takes."""
@@ -112,6 +118,8 @@ class Metadata:
                 raise ValueError(f"{counts[0]!r} classes, {counts[1]!r} input channels")
             if record.precision not in PRECISIONS or record.head not in HEADS.get(record.task, ()):
                 raise ValueError(f"task {record.task!r}, head {record.head!r}, precision {record.precision!r}")
+            if (record.gives_classes or record.fixed_sides) and record.task != "segment":
+                raise ValueError(f"a class of each pixel for the task {record.task!r}")
             if not isinstance(record.takes_pixels, bool) or (record.takes_pixels and record.in_channels != 3):
                 raise ValueError(f"takes_pixels {record.takes_pixels!r} of {record.in_channels} channels")
             if record.labels and len(record.labels) != record.num_classes:

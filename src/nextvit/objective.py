@@ -1,17 +1,37 @@
-"""What a batch of a classifier is measured against: labels, smoothed and mixed, and a teacher's answers."""
+"""The loss of a batch as a task has it: augmented, seen by the network, and compared with labels or a teacher."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nextvit.augmentation import smoothed
+from nextvit.augmentation import Normalise, draw_mixing, erase, mix, smoothed
+from nextvit.data.loader import Batch
+from nextvit.data.seeds import generator
 from nextvit.data.split import UNLABELLED, Split
-from nextvit.recipe import Distillation, Recipe
+from nextvit.dense_augmentation import as_input
+from nextvit.recipe import Distillation, Images, Mixing, Recipe
 from nextvit.teachers import open_teacher
+
+Forward = Callable[..., Any]  # the network, in the precision of the run
+
+
+class Moment(NamedTuple):
+    """Where in a run a batch stands: whatever is drawn for it is a function of these numbers."""
+
+    seed: int
+    epoch: int
+    step: int
+    part: int
+
+
+Objective = Callable[[Forward, Batch, Moment], Tensor]  # the mean loss of a batch, or of a part of one
+
+
+# ---- classification --------------------------------------------------------------------------------------------------
 
 
 class Targets(NamedTuple):
@@ -22,7 +42,7 @@ class Targets(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Objective:
+class LabelLoss:
     """Cross entropy with the labels, and with a teacher's answers where there is one."""
 
     classes: int
@@ -55,12 +75,12 @@ class Objective:
         return per_image.mean()
 
 
-def objective(recipe: Recipe, training: Split, device: torch.device) -> Objective:
+def label_loss(recipe: Recipe, training: Split, device: torch.device) -> LabelLoss:
     """That of a recipe on these images; UserError for a teacher of other classes."""
     d = recipe.distillation
     weights = class_weights(training).to(device) if recipe.class_weights else None
     teacher = None if d.teacher is None else open_teacher(d.teacher, training.labels, device)
-    return Objective(len(training.labels), recipe.label_smoothing, weights, d, teacher)
+    return LabelLoss(len(training.labels), recipe.label_smoothing, weights, d, teacher)
 
 
 def class_weights(training: Split) -> Tensor:
@@ -69,3 +89,48 @@ def class_weights(training: Split) -> Tensor:
     counts = torch.bincount(targets[targets != UNLABELLED], minlength=len(training.labels)).float()
     inverse = torch.where(counts > 0, 1 / counts, 0.0)
     return inverse * counts.sum() / (counts > 0).sum()
+
+
+@dataclass(frozen=True)
+class LabelObjective:
+    """Of a classifier: images are normalised, erased and mixed, targets smoothed and mixed alike."""
+
+    images: Images
+    mixing: Mixing
+    loss: LabelLoss
+    normalise: Normalise
+    processes: int  # that share a batch
+
+    def __call__(self, forward: Forward, batch: Batch, moment: Moment) -> Tensor:
+        images = self.normalise(batch.images)
+        if self.images.erasing:
+            erase(images, batch.indices, self.images.erasing, moment[:3])
+        targets = self.loss.targets(batch.targets.to(self.normalise.device, non_blocking=True))
+        if self.mixing.mixup or self.mixing.cutmix:
+            targets = self._mixed(images, targets, moment)
+        return self.loss.loss(forward(images).float(), images, targets)
+
+    def _mixed(self, images: Tensor, targets: Targets, moment: Moment) -> Targets:
+        """Images in place; a draw for every `mixing.images` of the whole batch, the same on every process."""
+        size = self.mixing.images
+        here = len(images) if size is None else max(2, size // self.processes)
+        mixed = []
+        for group, start in enumerate(range(0, len(images), here)):
+            rows = slice(start, start + here)
+            draw = draw_mixing(self.mixing, generator(*moment, group), *images.shape[2:])
+            mixed.append(mix(images[rows], draw, *(t[rows] for t in targets)))
+        return Targets(*(torch.cat(column) for column in zip(*mixed, strict=True)))
+
+
+# ---- segmentation ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PixelObjective:
+    """Of a segmenter, which knows its losses itself."""
+
+    normalise: Normalise
+
+    def __call__(self, forward: Forward, batch: Batch, moment: Moment) -> Tensor:
+        losses: dict[str, Tensor] = forward(*as_input(batch.images, self.normalise))
+        return torch.stack([*losses.values()]).sum()

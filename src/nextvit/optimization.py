@@ -9,24 +9,32 @@ import torch
 from torch import Tensor, nn
 
 from nextvit.backbone import NCB, NTB, NextViT
+from nextvit.errors import UserError
 from nextvit.recipe import Optimizer, Recipe
+from nextvit.segmenter import Network
+
+BACKBONE = "backbone."
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
-def parameter_groups(model: NextViT, optimizer: Optimizer) -> list[dict[str, Any]]:
+def parameter_groups(model: Network, optimizer: Optimizer) -> list[dict[str, Any]]:
     """Groups for AdamW: the same weight decay and the same `scale` of the rate in each.
 
-    Tensors of one dimension, biases and norms, do not decay. The scale falls by `layer_decay` from block to block,
-    from the classifier, where it is 1, to the stem; the final norm goes with the last block, as in timm. Frozen
-    parameters are in no group.
+    What decays is said by `optimizer.decays`. The scale falls by `layer_decay` from block to block, from the
+    classifier, or neck and heads, where it is 1, to the stem; the final norm of a classifier goes with the last block,
+    as in timm. Frozen parameters are in no group.
     """
-    blocks = [name for name, module in model.named_modules() if isinstance(module, NCB | NTB)]
+    blocks = [name.removeprefix(BACKBONE) for name, part in model.named_modules() if isinstance(part, NCB | NTB)]
     depth = {name: index for index, name in enumerate(["stem", *blocks, "head"])} | {"norm": len(blocks)}
+    of_norms = {id(p) for part in model.modules() if isinstance(part, NORMS) for p in part.parameters(recurse=False)}
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        decay = optimizer.weight_decay if parameter.ndim > 1 else 0.0
-        scale = (optimizer.layer_decay or 1.0) ** (depth["head"] - depth[_layer(name)])
+        decays = {"matrices": parameter.ndim > 1, "not_norms": id(parameter) not in of_norms, "all": True}
+        decay = optimizer.weight_decay if decays[optimizer.decays] else 0.0
+        below = depth["head"] - depth.get(_layer(name.removeprefix(BACKBONE)), depth["head"])
+        scale = (optimizer.layer_decay or 1.0) ** below
         group = groups.setdefault((scale, decay), {"params": [], "weight_decay": decay, "scale": scale})
         group["params"].append(parameter)
     return list(groups.values())
@@ -38,9 +46,23 @@ def _layer(name: str) -> str:
     return ".".join([first, *rest[:3]]) if first == "stages" else first
 
 
-def freeze(model: NextViT, stages: int) -> list[nn.Module]:
+def insist_on_blocks(model: Network, optimizer: Optimizer) -> None:
+    """UserError where the recipe asks for something by block or stage of a backbone that is not ours."""
+    if not isinstance(_backbone(model), NextViT) and (optimizer.frozen_stages or optimizer.layer_decay != 1):
+        raise UserError(
+            "optimizer.layer_decay and optimizer.frozen_stages go by Next-ViT's blocks; for a backbone of timm's set "
+            "optimizer.layer_decay=1 and optimizer.frozen_stages=0."
+        )
+
+
+def _backbone(model: Network) -> nn.Module:
+    return model if isinstance(model, NextViT) else model.backbone
+
+
+def freeze(model: Network, stages: int) -> list[nn.Module]:
     """The stem and the first `stages` stages learn nothing; returns them, whose BatchNorm must stay in eval mode."""
-    frozen: list[nn.Module] = [model.stem, *list(model.stages)[:stages]] if stages else []
+    backbone = _backbone(model)
+    frozen = [backbone.stem, *list(backbone.stages)[:stages]] if stages and isinstance(backbone, NextViT) else []
     for part in frozen:
         part.requires_grad_(False)
     return frozen
@@ -52,6 +74,10 @@ def learning_rate(done: float, epochs: int, recipe: Recipe) -> float:
     released = s.kind == "cosine_released"  # the authors' runs: by whole epochs, one of them late
     done = max(0.0, math.floor(done) - 1) if released else done
     warmup = min(s.warmup_epochs, 0.5 * epochs)  # of a short run at most half
+    if s.kind == "poly":  # over the whole run; a warm-up makes it smaller
+        least, start = min(s.min_lr, peak), min(s.warmup_lr, peak) / peak
+        share = start + (1 - start) * done / warmup if done < warmup else 1.0
+        return share * (least + (peak - least) * (1 - done / epochs) ** s.power)
     if done < warmup:  # 1. linear warm-up
         start = min(s.warmup_lr, peak)
         return start + (peak - start) * done / warmup
@@ -65,7 +91,7 @@ def learning_rate(done: float, epochs: int, recipe: Recipe) -> float:
 class RunningMean:
     """An exponential moving average of a model's weights; BatchNorm's statistics, which are one already, are copied."""
 
-    def __init__(self, model: NextViT, decay: float):
+    def __init__(self, model: Network, decay: float):
         self.model = copy.deepcopy(model).eval()
         self.model.requires_grad_(False)
         self.decay = decay

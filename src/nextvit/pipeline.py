@@ -12,7 +12,6 @@ from nextvit.errors import UserError
 from nextvit.progress import track
 from nextvit.runtime.predictor import Predictor
 from nextvit.runtime.session import Session
-from nextvit.tasks import classify
 
 MOST = 200  # images
 PARTS = ("decode", "preprocess", "forward", "post")
@@ -61,8 +60,8 @@ def _times(predictor: Predictor, file: Path, image_size: int | None) -> np.ndarr
     marks.append(time.perf_counter())
     taken = as_taken(image, predictor.metadata.with_image_size(image_size))
     marks.append(time.perf_counter())
-    logits = predictor.run(taken[None])
+    found = predictor.run(taken[None])
     marks.append(time.perf_counter())
-    classify.decode(logits, predictor.labels)
+    predictor.decoded(found, (image.height, image.width))
     marks.append(time.perf_counter())
     return np.diff(marks)

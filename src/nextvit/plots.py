@@ -29,22 +29,21 @@ def _save(figure: Any, path: Path) -> None:
         figure.savefig(unfinished, format="png")
 
 
-def curves(history: Sequence[dict[str, float]], kept: int, path: Path) -> None:
-    """Losses and accuracy by epoch (rows of metrics.csv); `kept` is the index of the epoch whose weights are."""
+def curves(history: Sequence[dict[str, float]], kept: int, score: str, name: str, path: Path) -> None:
+    """Losses and the score by epoch (rows of metrics.csv); `kept` is the index of the epoch whose weights are."""
     figure = _figure(9, 3.4)
     left, right = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in history]
-    left.plot(
-        epochs, [row["train_loss"] for row in history], color=ORANGE, marker="o", ms=3, label="train, smoothed labels"
-    )
-    left.plot(epochs, [row["val_loss"] for row in history], color=BLUE, marker="o", ms=3, label="val")
+    for column, colour, label in (("train_loss", ORANGE, "train, as trained"), ("val_loss", BLUE, "val")):
+        if column in history[0]:
+            left.plot(epochs, [row[column] for row in history], color=colour, marker="o", ms=3, label=label)
     left.set(xlabel="epoch", ylabel="cross entropy (nats)")
     left.set_ylim(bottom=0)
     left.legend(frameon=False)
-    right.plot(epochs, [row["val_top1"] for row in history], color=BLUE, marker="o", ms=3)
+    right.plot(epochs, [row[score] for row in history], color=BLUE, marker="o", ms=3)
     row = history[kept]
-    right.plot(row["epoch"], row["val_top1"], color=ORANGE, marker="o", ms=6)
-    right.set(xlabel="epoch", ylabel="val top-1 (%)", title=f"kept: {row['val_top1']:.1f} %, epoch {row['epoch']:.0f}")
+    right.plot(row["epoch"], row[score], color=ORANGE, marker="o", ms=6)
+    right.set(xlabel="epoch", ylabel=name, title=f"kept: {row[score]:.1f} %, epoch {row['epoch']:.0f}")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.get_major_locator().set_params(integer=True)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nextvit.backbone import NCB, NTB, NextViT
+from nextvit.backbone import NCB, NTB
 from nextvit.errors import UserError
 
 T = TypeVar("T")
@@ -72,7 +72,7 @@ class Processes:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
 
-    def together(self, model: NextViT, *, shard: bool) -> nn.Module:
+    def together(self, model: nn.Module, *, shard: bool) -> nn.Module:
         """The model as it is trained: gradients averaged over the processes, and weights in shards if asked for."""
         if shard:
             if self.count == 1:

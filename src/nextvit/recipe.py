@@ -26,8 +26,11 @@ class Optimizer:
     """AdamW (paper, 4.1)."""
 
     lr: Positive | None = 1e-3  # peak, for the batch size as it is; None: by the batch and the weights it starts from
-    weight_decay: NotNegative = 0.05  # not on biases and norms: the tensors of one dimension
-    clip_norm: Positive = 5.0  # of the gradient of all parameters together
+    weight_decay: NotNegative = 0.05
+    decays: Literal["matrices", "not_norms", "all"] = (
+        "matrices"  # what decays: all but biases and norms, the tensors of one dimension; all but norms; everything
+    )
+    clip_norm: Positive | None = 5.0  # of the gradient of all parameters together; None: it is not clipped
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = (
         1.0  # of the rate, from each block to the one before it; None: by the weights that it starts from
     )
@@ -45,16 +48,20 @@ class Optimizer:
 class Schedule:
     """The rate over a run: a linear warm-up to the peak, and what `kind` says after it."""
 
-    kind: Literal["cosine", "cosine_released", "constant"] = "cosine"
+    kind: Literal["cosine", "cosine_released", "poly", "constant"] = "cosine"
     epochs: Count | None = 30  # None: chosen from the number of training images
+    steps_per_epoch: Count | None = (
+        None  # between two validations, over images that are shuffled again when all were seen; None: all images once
+    )
     warmup_epochs: NotNegative = 3.0
     warmup_lr: NotNegative = 1e-5  # where the warm-up starts
-    min_lr: NotNegative = 1e-5  # where a cosine ends
+    min_lr: NotNegative = 1e-5  # where a cosine or a polynomial ends
+    power: Positive = 0.9  # of a polynomial
 
 
 @dataclass(frozen=True, config=STRICT)
 class Images:
-    """Size of the input and augmentation in training; evaluation cuts the centre out."""
+    """Classification: size of the input and augmentation in training; evaluation cuts the centre out."""
 
     size: Annotated[int, Field(ge=32)] = 224  # pixels
     crop: Annotated[float, Field(gt=0, le=1)] = 0.875  # evaluation: size / short side after resizing
@@ -69,8 +76,28 @@ class Images:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Crops:
+    """Segmentation: what is drawn for an image and its labels in training; evaluation takes the whole image."""
+
+    size: Annotated[int, Field(ge=32)] = 512  # pixels a side of a crop
+    short_side: Annotated[int, Field(ge=32)] = 512  # pixels that an image fits into, before its scale
+    long_side: Annotated[int, Field(ge=32)] = 2048
+    scale: tuple[Positive, Positive] = (0.5, 2.0)  # drawn evenly
+    largest_class: Share = 0.75  # less of a crop's labelled pixels are of one class,
+    tries: Annotated[int, Field(ge=0)] = 10  # if one of so many more crops is such
+    flip: Share = 0.5  # probability
+    distortion: bool = True  # of brightness, contrast, saturation, hue
+
+    def __post_init__(self) -> None:
+        if self.scale[0] > self.scale[1]:
+            raise ValueError("the scale goes from the smaller to the larger number")
+        if self.short_side > self.long_side:
+            raise ValueError("the short side is not longer than the long one")
+
+
+@dataclass(frozen=True, config=STRICT)
 class Mixing:
-    """Mixup and CutMix: a batch and the same batch reversed become one, images and targets alike."""
+    """Classification: Mixup and CutMix: a batch and the same batch reversed become one, images and targets alike."""
 
     mixup: NotNegative = 0.0  # alpha of Beta(alpha, alpha), which the share is drawn from; 0: no mixup
     cutmix: NotNegative = 0.0  # alpha of CutMix; with both, either by a fair coin
@@ -79,7 +106,7 @@ class Mixing:
 
 @dataclass(frozen=True, config=STRICT)
 class Distillation:
-    """A teacher's answers as targets, beside the labels or instead of them."""
+    """Classification: a teacher's answers as targets, beside the labels or instead of them."""
 
     teacher: str | None = None  # a checkpoint or an exported file of ours, or timm:NAME; None: no teacher
     share: Share = 0.5  # of the teacher in the loss of an image with a label; without a label it is 1
@@ -96,6 +123,8 @@ class Distillation:
 class Recipe:
     """All of a run. `runs/NAME/recipe.yaml` holds it whole."""
 
+    task: Literal["classify", "segment"] = "classify"
+    head: Literal["fpn", "upernet"] | None = None  # of segmentation; None: fpn
     model: str | None = "nextvit_nano"  # None: that of the weights; see `run` for when there are none
     weights: str | None = None  # a file, a published tag, "none"; None: published ones where the variant has them
     batch_size: Count = 16  # images a step, over all processes
@@ -103,16 +132,35 @@ class Recipe:
     optimizer: Optimizer = Field(default_factory=Optimizer)
     schedule: Schedule = Field(default_factory=Schedule)
     images: Images = Field(default_factory=Images)
+    crops: Crops = Field(default_factory=Crops)
     mixing: Mixing = Field(default_factory=Mixing)
     distillation: Distillation = Field(default_factory=Distillation)
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    class_weights: bool = False  # rare classes count more: the inverse of their share, the mean over images 1
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1  # classification
+    class_weights: bool = False  # classification: an image counts by the inverse of its class's share, the mean is 1
     drop_path: Annotated[float, Field(ge=0, lt=1)] | None = None  # None: the variant's own
     kv_pooling: Literal["sequence", "spatial"] = "sequence"
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay a step of a running mean of the weights; None: none
     patience: Count | None = None  # epochs without a better one after which the run ends; None: it never does
     sync_batchnorm: bool = False  # with several processes: statistics over all of them
     seed: Annotated[int, Field(ge=0)] = 0
+
+    def __post_init__(self) -> None:
+        of_classification = {
+            "images": Images(),
+            "mixing": Mixing(),
+            "distillation": Distillation(),
+            "label_smoothing": Recipe.label_smoothing,
+            "class_weights": Recipe.class_weights,
+        }
+        unread = of_classification if self.task == "segment" else {"crops": Crops(), "head": Recipe.head}
+        for key, default in unread.items():
+            if getattr(self, key) != default:
+                raise ValueError(f"{key} is not for the task {self.task}; leave it as it is")
+
+    @property
+    def side(self) -> int:
+        """Of a training sample, pixels."""
+        return self.crops.size if self.task == "segment" else self.images.size
 
     @property
     def variant(self) -> str:
@@ -143,6 +191,22 @@ def from_dict(values: Mapping[str, Any]) -> Recipe:
 def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     """The recipe with `key=value` overrides."""
     return parse_recipe(recipe.to_yaml(), "the recipe", overrides)
+
+
+def of_task(recipe: Recipe, task: str | None, source: str) -> Recipe:
+    """The recipe, once it is clear that it is for the task; None: for its own."""
+    if task not in (None, recipe.task):
+        raise UserError(f"{source} is a recipe for the task {recipe.task}, and --task says {task}; leave one out.")
+    return recipe
+
+
+def with_image_size(recipe: Recipe, size: int) -> Recipe:
+    """For training samples of so many pixels a side; of segmentation, the sides that images fit into go with it."""
+    if recipe.task == "classify":
+        return override(recipe, [f"images.size={size}"])
+    short = round(recipe.crops.short_side * size / recipe.crops.size)
+    long = round(recipe.crops.long_side * size / recipe.crops.size)
+    return override(recipe, [f"crops.size={size}", f"crops.short_side={short}", f"crops.long_side={long}"])
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -222,8 +286,11 @@ def _key_and_value(override: str) -> tuple[str, Any]:
 def _sentence(error: ValidationError, source: str) -> str:
     first = error.errors()[0]
     key = ".".join(map(str, first["loc"]))
+    message = first["msg"].removeprefix("Value error, ")
+    if not key:
+        return f"{source}: {message}."
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         near = difflib.get_close_matches(key, list(flat(to_dict(Recipe()))), n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}?" if near else "`nextvit train --help` tells where the keys are listed."
         return f"{source}: there is no key {key}; {hint}"
-    return f"{source}: {key} = {first['input']!r} will not do: {first['msg'][0].lower()}{first['msg'][1:]}."
+    return f"{source}: {key} = {first['input']!r} will not do: {message[0].lower()}{message[1:]}."

@@ -32,13 +32,20 @@ if TYPE_CHECKING:  # they need the libraries that training needs
 SHOWN = 5  # examples of a finding on a terminal
 
 
-def write_run_plots(run: Path, result: Evaluation) -> None:
+def write_run_plots(run: Path, result: Evaluation | MaskEvaluation) -> None:
     """plots/: learning curves (their numbers are metrics.csv), and the confusion matrix on `val` with its CSV."""
+    title = f"best checkpoint on {result.split.name}"
     with open(run / "metrics.csv", encoding="utf-8", newline="") as file:
         history = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
-    kept = kept_epoch([max(row["val_top1"], row.get("ema_top1", 0.0)) for row in history], result.metrics.images)
-    plots.curves(history, kept, run / "plots" / "curves.png")
-    write_confusion(result, run / "plots" / "confusion.png", f"best checkpoint on {result.split.name}")
+    dense = isinstance(result, MaskEvaluation)
+    score, name = ("miou", "val mIoU (%)") if dense else ("top1", "val top-1 (%)")
+    images = len(result.split) - len(result.rejected)
+    kept = kept_epoch([max(row[f"val_{score}"], row.get(f"ema_{score}", 0.0)) for row in history], images)
+    plots.curves(history, kept, f"val_{score}", name, run / "plots" / "curves.png")
+    if isinstance(result, MaskEvaluation):
+        write_mask_evaluation(result, run / "plots", title)
+    else:
+        write_confusion(result, run / "plots" / "confusion.png", title)
 
 
 def mask_evaluation_lines(result: MaskEvaluation, p: Preprocess, view: View, setup: Setup) -> list[str]:
@@ -58,10 +65,10 @@ def mask_evaluation_lines(result: MaskEvaluation, p: Preprocess, view: View, set
     ]
 
 
-def write_mask_evaluation(result: MaskEvaluation, folder: Path) -> None:
+def write_mask_evaluation(result: MaskEvaluation, folder: Path, title: str = "pixels") -> None:
     """confusion.png and .csv of pixels, and classes.csv."""
     m = result.metrics
-    _write_matrix(m.confusion, result.split.labels, folder / "confusion.png", f"pixels: mIoU {m.miou:.1f} %")
+    _write_matrix(m.confusion, result.split.labels, folder / "confusion.png", f"{title}: mIoU {m.miou:.1f} %")
     pixels, answers = m.confusion.sum(1), m.confusion.sum(0)
     write_rows(
         folder / "classes.csv",
@@ -223,7 +230,7 @@ def loading_lines(rows: "Sequence[Loading]", parts: "ImageParts", recipe: "Recip
     ]
     return [
         *table(shown),
-        f"{recipe.images.size} x {recipe.images.size} pixels; median and middle half of {rounds} interleaved rounds; "
+        f"{recipe.side} x {recipe.side} pixels; median and middle half of {rounds} interleaved rounds; "
         f"ratio: to the first row's rate in the same round, with a {CONFIDENCE:.0%} interval of its median",
         f"an image, in one process: {parts.read_ms:.2f} ms to read and decode, {parts.augment_ms:.2f} ms to augment "
         f"(median of {parts.images})",
@@ -357,7 +364,7 @@ def _split_rows(found: Checked) -> list[dict[str, object]]:
     return [
         {
             "split": name,
-            "images": sum(by.values()),
+            "images": found.images[name],
             "classes": sum(count > 0 for count in by.values()),
             "smallest class": min(by.values()),
             "largest class": max(by.values()),

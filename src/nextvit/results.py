@@ -13,15 +13,18 @@ from typing import Any, TextIO
 
 from PIL import Image, ImageDraw, ImageFont
 
-from nextvit.data.images import printable, read_image
+from nextvit.data.images import MAX_TILED_PIXELS, printable, read_image
 from nextvit.errors import UserError
-from nextvit.files import replacing
+from nextvit.files import replacing, write_text
 from nextvit.progress import say
+from nextvit.runtime.predictor import Result
 from nextvit.tasks.classify import Classification
+from nextvit.tasks.segment import Segmentation, palette
 
-Answer = Classification | str  # a result, or why there is none
+Answer = Result | str  # a result, or why there is none
 Write = Callable[[Path, Answer], None]
 PICTURE_SIDE = 512  # pixels of the longer side, at the most
+LEGEND = 12  # classes that are named beside a picture
 
 
 @contextmanager
@@ -106,10 +109,21 @@ def _csv(stream: TextIO, *, header: bool) -> Write:
 
     def write(file: Path, answer: Answer) -> None:
         name = _cell(printable(file))
-        row = ["", "", answer] if isinstance(answer, str) else [_cell(answer.labels[0]), f"{answer.scores[0]:.6f}", ""]
+        row = ["", "", answer]
+        if not isinstance(answer, str):
+            label, score = _first(answer)
+            row = [_cell(label), f"{score:.6f}", ""]
         writer.writerow([name, *row])
 
     return write
+
+
+def _first(answer: Result) -> tuple[str, float]:
+    """The first label and its probability; of segmentation the largest class and its share of the pixels."""
+    if isinstance(answer, Classification):
+        return answer.labels[0], answer.scores[0]
+    largest = answer.present[0]
+    return answer.labels[largest], int(answer.pixels[largest]) / answer.classes.size
 
 
 def _cell(text: str) -> str:
@@ -117,8 +131,27 @@ def _cell(text: str) -> str:
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
-def draw(file: Path, answer: Classification, path: Path) -> None:
-    """Write a copy of the image with its first label and score below it to `path`, as PNG."""
+def picture_name(number: int, file: Path) -> str:
+    """NUMBER-NAME, for what is written of an image: two files may have one name."""
+    return f"{number:06}-{printable(file.stem)[:60]}"
+
+
+def write_mask(answer: Segmentation, path: Path) -> None:
+    """The class of each pixel as a PNG, whose palette shows them apart."""
+    with replacing(path) as unfinished:
+        answer.image().save(unfinished, format="PNG")
+
+
+def write_polygons(answer: Segmentation, path: Path) -> None:
+    """The regions of each class as GeoJSON has them, in pixels."""
+    write_text(path, json.dumps(answer.polygons()))
+
+
+def draw(file: Path, answer: Result, path: Path) -> None:
+    """Write a copy of the image with its first label and score below it, or with its classes over it, as PNG."""
+    if isinstance(answer, Segmentation):
+        _draw_classes(file, answer, path)
+        return
     image = read_image(file)
     image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
     text = f"{printable(answer.labels[0])} {answer.scores[0]:.0%}"
@@ -127,5 +160,25 @@ def draw(file: Path, answer: Classification, path: Path) -> None:
     picture = Image.new("RGB", (width, image.height + 26), "white")
     picture.paste(image, ((width - image.width) // 2, 0))
     ImageDraw.Draw(picture).text((6, image.height + 3), text, fill="black", font=font)
+    with replacing(path) as unfinished:
+        picture.save(unfinished, format="PNG")
+
+
+def _draw_classes(file: Path, answer: Segmentation, path: Path) -> None:
+    """The colours of the classes over the image, and which is which on its right."""
+    overlay = answer.overlay(read_image(file, most=MAX_TILED_PIXELS))
+    font, colours = ImageFont.load_default(16), palette(len(answer.labels))
+    lines = [
+        (f"{printable(answer.labels[n])[:30]} {answer.pixels[n] / answer.classes.size:.0%}", tuple(colours[n].tolist()))
+        for n in answer.present[:LEGEND]
+    ]
+    width = int(max(font.getlength(text) for text, _ in lines)) + 40
+    picture = Image.new("RGB", (overlay.width + width, max(overlay.height, 24 * len(lines) + 6)), "white")
+    picture.paste(overlay, (0, 0))
+    pen = ImageDraw.Draw(picture)
+    for number, (text, colour) in enumerate(lines):
+        left, top = overlay.width + 8, 24 * number + 5
+        pen.rectangle((left, top, left + 16, top + 16), fill=colour)
+        pen.text((left + 24, top - 1), text, fill="black", font=font)
     with replacing(path) as unfinished:
         picture.save(unfinished, format="PNG")

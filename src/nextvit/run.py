@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from nextvit import checkpoints
 from nextvit.augmentation import Normalise
-from nextvit.backbone import NextViT
 from nextvit.checkpoints import BEST, WEIGHTS, Position, newest_checkpoint
 from nextvit.create import create_model
 from nextvit.data.check import quick_check
@@ -25,12 +24,14 @@ from nextvit.decide import decided
 from nextvit.devices import pick_device, pick_precision, set_threads
 from nextvit.errors import UserError
 from nextvit.files import sweep, write_text
+from nextvit.learning import LEARNING, Learning
 from nextvit.metadata import Metadata
-from nextvit.objective import Objective, objective
-from nextvit.optimization import RunningMean, freeze, parameter_groups
+from nextvit.objective import Objective
+from nextvit.optimization import RunningMean, freeze, insist_on_blocks, parameter_groups
 from nextvit.processes import Processes, synchronise_batchnorm
 from nextvit.progress import say
-from nextvit.recipe import Recipe, changed, from_dict, override, to_dict
+from nextvit.recipe import Recipe, changed, flat, from_dict, override, to_dict
+from nextvit.segmenter import Network
 from nextvit.weights import WeightFile, read_weights, save_weights
 
 
@@ -74,16 +75,16 @@ class Run:
     data: str
     folder: Path
     processes: Processes
+    learning: Learning
     training: Split
     validation: Split
-    model: NextViT
+    model: Network
     network: nn.Module  # the model as it is called: compiled, in step with other processes
     frozen: list[nn.Module]
     mean: RunningMean | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     objective: Objective
-    normalise: Normalise
     device: torch.device
     precision: str
     batch_size: int  # images a step, over all processes: as the recipe says, or all there are
@@ -99,9 +100,14 @@ class Run:
         return self.recipe.schedule.epochs or 1
 
     @property
-    def steps(self) -> int:
-        """Of an epoch; its last images are left out where the number does not divide."""
+    def pass_steps(self) -> int:
+        """That see all images once; the last ones are left out where the number does not divide."""
         return len(self.training) // self.batch_size
+
+    @property
+    def steps(self) -> int:
+        """Of an epoch."""
+        return self.recipe.schedule.steps_per_epoch or self.pass_steps
 
 
 def prepare(
@@ -129,7 +135,9 @@ def prepare(
     _look_at(training, validation, machine, processes)
 
     torch.manual_seed(recipe.seed)
+    learning = LEARNING[recipe.task]
     model = _model(recipe, training.labels, saved, told=wanted.weights is not None).to(device)
+    insist_on_blocks(model, recipe.optimizer)
     if recipe.sync_batchnorm and processes.count > 1:
         synchronise_batchnorm(model)
     frozen = freeze(model, recipe.optimizer.frozen_stages)
@@ -145,6 +153,7 @@ def prepare(
         data=str(data),
         folder=folder,
         processes=processes,
+        learning=learning,
         training=training,
         validation=validation,
         model=model,
@@ -153,12 +162,11 @@ def prepare(
         mean=mean,
         optimizer=torch.optim.AdamW(groups, lr=recipe.optimizer.peak, fused=device.type != "mps"),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
-        objective=objective(recipe, training, device),
-        normalise=Normalise(model.metadata.preprocess, device),
+        objective=learning.objective(recipe, training, Normalise(model.metadata.preprocess, device), processes.count),
         device=device,
         precision=precision,
         batch_size=batch_size,
-        workers=loaders(machine.workers, device, 3 * recipe.images.size**2 * batch_size // processes.count),
+        workers=loaders(machine.workers, device, learning.blank(recipe).nbytes * batch_size // processes.count),
         position=Position(),
     )
     if saved is not None:
@@ -236,8 +244,8 @@ def _go_on(run: Run, saved: WeightFile) -> None:
     if run.scaler.is_enabled() and state["scaler"]:
         run.scaler.load_state_dict(state["scaler"])
     run.position = checkpoints.read_position(state)
-    # By images, which keep their order in an epoch whatever the size of a step.
-    run.position.step = run.position.step * state["batch_size"] // run.batch_size
+    if run.recipe.schedule.steps_per_epoch is None:  # by images, which keep their order whatever the size of a step
+        run.position.step = run.position.step * state["batch_size"] // run.batch_size
     if run.processes.first:
         sweep(run.folder)
         if not (run.folder / WEIGHTS).exists() and (run.folder / BEST).exists():
@@ -255,11 +263,11 @@ def _state(saved: WeightFile) -> dict[str, Any]:
 
 def _read(data: str | Path, recipe: Recipe) -> tuple[Split, Split]:
     """Images to train on, without labels too where the recipe has such, and to validate on."""
-    training = read_split(data, "train")
+    training = read_split(data, "train", task=recipe.task)
     if len(training.labels) < 2:
         raise UserError(f"{data} has one class only ({training.labels[0]}); a classifier needs two or more.")
     _insist_on_two_each(data, len(training), 1)
-    validation = read_split(data, "val", training.labels)
+    validation = read_split(data, "val", training.labels, recipe.task)
     if recipe.distillation.unlabelled is not None:
         training = with_unlabelled(training, recipe.distillation.unlabelled)
     return training, validation
@@ -292,7 +300,7 @@ def _insist_on_same(
 ) -> None:
     """Data and recipe are those that the run was begun with, but for the keys that are meant to change."""
     state = _state(saved)
-    if "batch_size" not in state:
+    if flat(state.get("recipe", {})).keys() != flat(to_dict(recipe)).keys():
         raise UserError(f"{folder} was begun by an older version; start a new run with --weights {folder / WEIGHTS}.")
     for key, now in _fingerprint(training, validation).items():
         before = state["data"][key]
@@ -351,7 +359,7 @@ def _set_up(machine: Machine) -> tuple[torch.device, str]:
     return device, precision
 
 
-def _model(recipe: Recipe, labels: Sequence[str], saved: WeightFile | None, *, told: bool) -> NextViT:
+def _model(recipe: Recipe, labels: Sequence[str], saved: WeightFile | None, *, told: bool) -> Network:
     """The network to start from or to go on with, with its metadata. told: the user has named the weights."""
     weights = saved if saved is not None else None if recipe.weights == "none" else recipe.weights
     if saved is None:
@@ -365,18 +373,19 @@ def _model(recipe: Recipe, labels: Sequence[str], saved: WeightFile | None, *, t
                 num_classes=len(labels),
                 drop_path_rate=recipe.drop_path,
                 kv_pooling=recipe.kv_pooling,
+                task=recipe.task,
+                head=recipe.head,
             )
     except UserError as error:
         if saved is None and not told:
             raise UserError(f"{error} To start from random weights: --weights none.") from error
         raise
-    r, p = recipe.images, model.metadata.preprocess
-    p = replace(p, image_size=r.size, crop=r.crop, interpolation=r.interpolation)
+    p = LEARNING[recipe.task].prepared(recipe, model.metadata.preprocess)
     model.metadata = replace(model.metadata, labels=tuple(labels), preprocess=p)
     return model
 
 
-def _running_mean(model: NextViT, recipe: Recipe, saved: WeightFile | None) -> RunningMean | None:
+def _running_mean(model: Network, recipe: Recipe, saved: WeightFile | None) -> RunningMean | None:
     if recipe.ema is None:
         return None
     mean = RunningMean(model, recipe.ema)
@@ -392,8 +401,10 @@ def _say_what(run: Run) -> None:
     r, count = run.recipe, run.processes.count
     parts = f" of {r.accumulation} parts" if r.accumulation > 1 else ""
     several = f", {count} processes" if count > 1 else ""
+    head = f" with {run.model.metadata.head}" if run.model.metadata.head else ""
+    epochs = f"{run.epochs} epochs" + (f" of {run.steps} steps" if r.schedule.steps_per_epoch else "")
     say(
-        f"{r.variant} on {len(run.training)} images of {len(run.training.labels)} classes, {len(run.validation)} to "
-        f"validate; {run.device}, {run.precision}, {torch.get_num_threads()} threads{several}, batch {run.batch_size}"
-        f"{parts}, {run.epochs} epochs."
+        f"{r.variant}{head} on {len(run.training)} images of {len(run.training.labels)} classes, "
+        f"{len(run.validation)} to validate; {run.device}, {run.precision}, "
+        f"{torch.get_num_threads()} threads{several}, batch {run.batch_size}{parts}, {epochs}."
     )

@@ -17,24 +17,25 @@ import torch
 from torch import Tensor, nn
 
 from nextvit import checkpoints
-from nextvit.augmentation import draw_mixing, erase, mix, sample_transform
-from nextvit.backbone import NextViT
 from nextvit.checkpoints import BEST, LAST, WEIGHTS, Epoch, kept_epoch, owned
-from nextvit.create import open_classifier
-from nextvit.data.loader import NOT_PREPARED, Batch, batches, eval_transform
-from nextvit.data.seeds import generator, word
+from nextvit.create import open_checkpoint
+from nextvit.data.loader import NOT_PREPARED, Batch, batches
+from nextvit.data.seeds import word
+from nextvit.data.split import UNLABELLED
 from nextvit.devices import DTYPES
 from nextvit.errors import Diverged, Interrupted, LoaderDied, OutOfMemory, UserError, short_of_memory
-from nextvit.evaluate import Evaluation, evaluate
+from nextvit.evaluate import Evaluation, MaskEvaluation
 from nextvit.files import write_rows
 from nextvit.journal import Journal
-from nextvit.objective import Targets
+from nextvit.learning import Loading
+from nextvit.objective import Moment
 from nextvit.optimization import learning_rate
 from nextvit.processes import Agreement, joined
 from nextvit.profiling import Profile
 from nextvit.progress import say, track
 from nextvit.recipe import Recipe
 from nextvit.run import AUTOMATIC, Machine, Outcome, Run, gather, prepare, save
+from nextvit.segmenter import Network
 
 SAVE_EVERY = 600.0  # seconds, in a long epoch
 SAVE = 1  # what the processes tell each other: save and go on; a larger number is a signal's
@@ -51,8 +52,8 @@ def train(
     resume: bool = False,
     changes: Sequence[str] = (),
     machine: Machine = AUTOMATIC,
-) -> Evaluation:
-    """Train a classifier on the images of `data` and keep everything in the run folder `folder`.
+) -> Evaluation | MaskEvaluation:
+    """Train the network of a recipe on the images of `data` and keep everything in the run folder `folder`.
 
     resume: go on from the newest whole checkpoint in `folder`, with the recipe that it was started with, but for
     `changes` (`key=value`). Started by torchrun, all its processes train together.
@@ -86,13 +87,13 @@ def train(
             if not short_of_memory(error):
                 raise
             raise OutOfMemory(
-                f"memory is short for {run.batch_size // processes.count} images of {run.recipe.images.size} pixels at "
+                f"memory is short for {run.batch_size // processes.count} images of {run.recipe.side} pixels at "
                 f"once: --set accumulation={2 * run.recipe.accumulation} takes them in smaller parts; the last whole "
                 f"checkpoint in {folder} is kept."
             ) from error
         _list_rejected(run)
         processes.wait()
-        best = open_classifier(folder / WEIGHTS).to(run.device)
+        best = open_checkpoint(folder / WEIGHTS).to(run.device)
         return validate(best, run)
 
 
@@ -101,9 +102,9 @@ def train_epoch(run: Run, journal: Journal, profile: Profile, told: Callable[[in
     at, recipe = run.position, run.recipe
     parts = batches(
         run.training,
-        sample_transform(recipe.images, run.model.metadata.preprocess),
+        run.learning.transform(recipe, run.model.metadata.preprocess),
         order=_parts(run),
-        seed=(recipe.seed, at.epoch),
+        seed=(recipe.seed,),
         workers=run.workers,
         pin_memory=run.device.type == "cuda",
     )
@@ -130,11 +131,18 @@ def train_epoch(run: Run, journal: Journal, profile: Profile, told: Callable[[in
 
 
 def _parts(run: Run) -> list[np.ndarray]:
-    """The batches of the epoch that are not done yet: of each, in order, this process's share of each of its parts."""
-    at, recipe = run.position, run.recipe
-    order = run.training.order(recipe.seed, at.epoch)[: run.steps * run.batch_size]
-    size = run.batch_size // recipe.accumulation
-    whole = [order[step * run.batch_size :][: run.batch_size] for step in range(at.step, run.steps)]
+    """The batches of the epoch that are not done yet: of each, in order, this process's share of each of its parts.
+
+    Images are shuffled for each pass over all of them, whatever an epoch is.
+    """
+    at, recipe, size = run.position, run.recipe, run.batch_size // run.recipe.accumulation
+    start, end = (at.epoch * run.steps + step for step in (at.step, run.steps))
+    whole: list[np.ndarray] = []
+    for number in range(start // run.pass_steps, -(-end // run.pass_steps)):
+        order = number * len(run.training) + run.training.order(recipe.seed, number)
+        first = number * run.pass_steps
+        steps = range(max(start - first, 0), min(end - first, run.pass_steps))
+        whole += [order[step * run.batch_size :][: run.batch_size] for step in steps]
     return [run.processes.share(batch[i * size :][:size]) for batch in whole for i in range(recipe.accumulation)]
 
 
@@ -144,6 +152,11 @@ def train_step(run: Run, parts: Sequence[Batch], rate: float) -> None:
     for group in run.optimizer.param_groups:
         group["lr"] = rate * group["scale"]
     run.optimizer.zero_grad(set_to_none=True)
+
+    def forward(*inputs: Tensor) -> Any:
+        with torch.autocast(run.device.type, DTYPES[run.precision], enabled=run.precision != "fp32"):
+            return run.network(*inputs)
+
     total, seen = torch.zeros((), device=run.device), []
     for number, part in enumerate(parts):
         run.rejected |= {str(run.training.files[index]): why for index, why in part.rejected}
@@ -154,14 +167,15 @@ def train_step(run: Run, parts: Sequence[Batch], rate: float) -> None:
             part = _nothing(run)  # the other processes wait for this one's gradient
         torch.manual_seed(word(run.recipe.seed, at.epoch, at.step, number, run.processes.rank))  # drop path
         with contextlib.nullcontext() if number + 1 == len(parts) else _not_yet(run.network):
-            loss = part_loss(run, part, number) * counts
+            loss = run.objective(forward, part, Moment(run.recipe.seed, at.epoch, at.step, number)) * counts
             run.scaler.scale(loss / len(parts)).backward()
         total += loss.detach() * len(part.indices)
         seen += part.indices.tolist()
     if not seen and run.processes.count == 1:
         return
     run.scaler.unscale_(run.optimizer)
-    norm = checkpoints.whole(nn.utils.clip_grad_norm_(run.model.parameters(), run.recipe.optimizer.clip_norm))
+    most = math.inf if run.recipe.optimizer.clip_norm is None else run.recipe.optimizer.clip_norm
+    norm = checkpoints.whole(nn.utils.clip_grad_norm_(run.model.parameters(), most))
     values = torch.stack([total, norm.to(total.device)])
     outcome = Outcome(at.epoch, at.step, rate, seen, values)
     if run.device.type == "cuda":
@@ -202,39 +216,10 @@ def insist_on_finite(outcome: Outcome, run: Run) -> None:
     )
 
 
-def part_loss(run: Run, part: Batch, number: int) -> Tensor:
-    """The mean loss of a part of a batch: augmented, mixed, seen by the network and perhaps by a teacher."""
-    at, recipe = run.position, run.recipe
-    images = run.normalise(part.images)
-    if recipe.images.erasing:
-        erase(images, part.indices, recipe.images.erasing, (recipe.seed, at.epoch))
-    labels = part.targets.to(run.device, non_blocking=True)
-    targets = run.objective.targets(labels)
-    if recipe.mixing.mixup or recipe.mixing.cutmix:
-        targets = _mixed(run, images, targets, number)
-    with torch.autocast(run.device.type, DTYPES[run.precision], enabled=run.precision != "fp32"):
-        logits = run.network(images)
-    return run.objective.loss(logits.float(), images, targets)
-
-
-def _mixed(run: Run, images: Tensor, targets: Targets, number: int) -> Targets:
-    """Images in place; a draw for every `mixing.images` of the whole batch, the same on every process."""
-    at, recipe = run.position, run.recipe
-    size = recipe.mixing.images
-    here = len(images) if size is None else max(2, size // run.processes.count)
-    mixed = []
-    for group, start in enumerate(range(0, len(images), here)):
-        rows = slice(start, start + here)
-        draw = draw_mixing(recipe.mixing, generator(recipe.seed, at.epoch, at.step, number, group), *images.shape[2:])
-        mixed.append(mix(images[rows], draw, *(t[rows] for t in targets)))
-    return Targets(*(torch.cat(column) for column in zip(*mixed, strict=True)))
-
-
 def _nothing(run: Run) -> Batch:
-    """Two black images."""
-    size = run.recipe.images.size
+    """Two samples that teach nothing."""
     none = torch.empty(0, dtype=torch.int64)
-    return Batch(torch.zeros(2, size, size, 3, dtype=torch.uint8), none.new_full((2,), -1), none, ())
+    return Batch(torch.stack([run.learning.blank(run.recipe)] * 2), none.new_full((2,), UNLABELLED), none, ())
 
 
 def _not_yet(network: nn.Module) -> Any:
@@ -251,18 +236,14 @@ def finish_epoch(run: Run) -> Epoch:
         raise UserError(f"no image of {run.training.name} could be trained on: {why}")
     validated = validate(run.model, run)
     at.rejected |= {str(run.validation.files[index]): why for index, why in validated.rejected}
-    m, e = validated.metrics, validate(run.mean.model, run).metrics if run.mean is not None else None
+    of_mean = validate(run.mean.model, run) if run.mean is not None else None
     rate = learning_rate(at.epoch + 1 - 1 / run.steps, run.epochs, run.recipe)
     row = Epoch(
         epoch=at.epoch + 1,
         lr=rate,
         train_loss=at.loss_sum / at.loss_images,
-        val_loss=m.loss,
-        val_top1=m.top1,
-        val_top5=m.top5,
-        ema_loss=None if e is None else e.loss,
-        ema_top1=None if e is None else e.top1,
-        ema_top5=None if e is None else e.top5,
+        val=validated.numbers,
+        ema=None if of_mean is None else of_mean.numbers,
         images=at.images,
     )
     at.history.append(row)
@@ -271,17 +252,14 @@ def finish_epoch(run: Run) -> Epoch:
     if kept_epoch([epoch.merit[0] for epoch in at.history], len(run.validation)) == len(at.history) - 1:
         save(run, BEST)
     if run.processes.first:
-        write_rows(run.folder / "metrics.csv", checkpoints.rows(at.history))
+        write_rows(run.folder / "metrics.csv", [epoch.row() for epoch in at.history])
     save(run, LAST)
-    mean = "" if e is None else f" (running mean {e.top1:.1f} %)"
-    say(
-        f"epoch {at.epoch} of {run.epochs}: train loss {row.train_loss:.3f}, val loss {m.loss:.3f}, "
-        f"val top-1 {m.top1:.1f} %{mean}"
-    )
+    mean = "" if of_mean is None else f" (running mean: {of_mean.told})"
+    say(f"epoch {at.epoch} of {run.epochs}: train loss {row.train_loss:.3f}; val {validated.told}{mean}")
     return row
 
 
-def validate(model: NextViT, run: Run) -> Evaluation:
+def validate(model: Network, run: Run) -> Evaluation | MaskEvaluation:
     """Metrics of the model on the run's validation split, in fp32, with the model's own preprocessing."""
     model.eval()
 
@@ -289,11 +267,8 @@ def validate(model: NextViT, run: Run) -> Evaluation:
         with torch.inference_mode():
             return model(torch.from_numpy(images).to(run.device)).float().cpu().numpy()
 
-    split, size = run.validation, max(1, 2 * run.batch_size // run.processes.count)
-    mine = np.arange(run.processes.rank, len(split), run.processes.count)
-    source = batches(split, eval_transform(model.metadata), batch_size=size, order=mine, workers=run.workers)
-    total = -(-len(mine) // size)
-    return evaluate(forward, source, split, total=total, label="validate", processes=run.processes)
+    how = Loading(max(1, 2 * run.batch_size // run.processes.count), run.workers, run.processes)
+    return run.learning.validate(forward, run.validation, model.metadata, how)
 
 
 # ---- the end of a run ------------------------------------------------------------------------------------------------

@@ -8,13 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from nextvit.data.images import ImageRejected, printable
-from nextvit.data.split import Split
+from nextvit.data.masks import IGNORED, MaskSplit
+from nextvit.data.split import UNLABELLED, Split
 from nextvit.devices import cpu_count
 from nextvit.errors import UserError
 from nextvit.progress import track
@@ -30,6 +31,7 @@ NEAR_LEVELS = 4.0  # and so much of 255, on the average, what is left when brigh
 MOST_COMPARED = 20_000  # images, each with each; of more, only equal hashes are near
 IMBALANCE = 10  # times as many images in the largest class as in the smallest
 LISTED = 100  # examples a finding
+OR_MASKS = " or masks"
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Finding:
 class Checked:
     """What a data set is, and what was found in it."""
 
-    splits: dict[str, dict[str, int]]  # split -> class -> images
+    images: dict[str, int]  # split -> how many
+    splits: dict[str, dict[str, int]]  # split -> class -> images that are of it; of masks, that have it somewhere
     sides: dict[str, tuple[int, int, int]]  # split -> the shortest, median and longest short side in pixels
     findings: tuple[Finding, ...]
 
@@ -63,6 +66,7 @@ class _Seen:
     file: Path
     split: str
     size: tuple[int, int]
+    classes: tuple[int, ...]  # that its mask has
     grey: np.ndarray  # uint8 (HASH_SIDE, HASH_SIDE + 1): a small copy
     bits: np.ndarray  # uint64 (4,): of each of its pixels, whether the next one is brighter
 
@@ -79,14 +83,22 @@ def check(splits: Sequence[Split]) -> Checked:
                 bad.append(found)
             else:
                 seen.append(_Seen(split.files[index], split.name, *found))
+    labels = {split.name: split.labels for split in splits}
     counts = {split.name: {label: 0 for label in split.labels} for split in splits}
     for split in splits:
         for target in split.targets:
-            counts[split.name][split.labels[target]] += 1
+            if target != UNLABELLED:
+                counts[split.name][split.labels[target]] += 1
+    for s in seen:
+        for number in s.classes:
+            counts[s.split][labels[s.split][number]] += 1
     exact, repeated = _equal(splits)
     same = {file for group in exact for file in group}
+    dense = any(isinstance(split, MaskSplit) for split in splits)
+    unpaired = [told for split in splits if isinstance(split, MaskSplit) for told in split.unpaired]
     findings = [
-        _finding("unreadable", True, "images cannot be decoded; they would be left out", bad),
+        _finding("unreadable", True, f"images{OR_MASKS * dense} cannot be read; they would be left out", bad),
+        _finding("unpaired", True, "images have no mask, or masks no image; they would be left out", unpaired),
         _finding("same in two splits", True, "images lie in two splits: figures on the second flatter", _named(exact)),
         _finding("same within a split", False, "groups of equal files in one split", _named(repeated)),
         _finding("near duplicates", False, "pairs look the same across splits", _near(seen, same)),
@@ -109,7 +121,7 @@ def check(splits: Sequence[Split]) -> Checked:
     for name, group in groupby(seen, lambda s: s.split):
         short = sorted(min(s.size) for s in group)
         sides[name] = (short[0], short[len(short) // 2], short[-1])
-    return Checked(counts, sides, tuple(f for f in findings if f.count))
+    return Checked({split.name: len(split) for split in splits}, counts, sides, tuple(f for f in findings if f.count))
 
 
 def _finding(kind: str, serious: bool, what: str, examples: Sequence[str]) -> Finding:
@@ -129,9 +141,10 @@ def _uneven(counts: dict[str, dict[str, int]]) -> list[str]:
     return told
 
 
-def _look(image: Image.Image) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
+def _look(image: Image.Image, labels: np.ndarray | None) -> tuple[tuple[int, int], tuple[int, ...], Any, Any]:
+    there = () if labels is None else tuple(int(number) for number in np.unique(labels) if number != IGNORED)
     grey = np.asarray(image.convert("L").resize((HASH_SIDE + 1, HASH_SIDE), Image.Resampling.BILINEAR))
-    return image.size, grey, np.packbits(grey[:, 1:] > grey[:, :-1]).view(np.uint64)
+    return image.size, there, grey, np.packbits(grey[:, 1:] > grey[:, :-1]).view(np.uint64)
 
 
 def _left(a: np.ndarray, b: np.ndarray) -> float:
@@ -167,16 +180,20 @@ def _near(seen: Sequence[_Seen], same: set[Path]) -> list[str]:
 def quick_check(training: Split, validation: Split, *, allow_bad: bool = False, strict: bool = False) -> list[str]:
     """What training says before its first step.
 
-    Raises UserError where over 1 % of the images cannot be read, unless allow_bad; and with `strict` where any cannot,
-    or where an image is in both splits.
+    Raises UserError where over 1 % of the images cannot be read, or any mask cannot be used, unless allow_bad; and with
+    `strict` where any image cannot, or where an image is in both splits.
     """
     notes = []
     for split in (training, validation):
         chosen = np.unique(np.linspace(0, len(split) - 1, min(QUICK, len(split))).astype(int))
-        bad = [found for _, found in _each(split, chosen.tolist(), lambda image: None) if found is not None]
-        if len(bad) > (0 if strict else MOST_UNREADABLE * len(chosen)) and not allow_bad:
+        dense = isinstance(split, MaskSplit)
+        bad = [found for _, found in _each(split, chosen.tolist(), lambda image, labels: None) if found is not None]
+        if isinstance(split, MaskSplit):
+            bad += split.unpaired
+        # A mask that does not fit is an error of somebody's labelling, of which there are seldom few.
+        if len(bad) > (0 if strict or dense else MOST_UNREADABLE * len(chosen)) and not allow_bad:
             raise UserError(
-                f"{len(bad)} of {len(chosen)} images of {split.name} cannot be read: {bad[0]} "
+                f"{len(bad)} of {len(chosen)} images{OR_MASKS * dense} of {split.name} cannot be read: {bad[0]} "
                 "`nextvit data check` lists them all; mend them, or train without them by --allow-bad."
             )
     if len(training) + len(validation) <= QUICK_FILES:
@@ -190,12 +207,15 @@ def quick_check(training: Split, validation: Split, *, allow_bad: bool = False, 
     return notes
 
 
-def _each(split: Split, indices: Sequence[int], look: Callable[[Image.Image], T]) -> Iterator[tuple[int, T | str]]:
-    """(index, what `look` makes of the image, or why it cannot be read), in order; decoded by all cores."""
+def _each(
+    split: Split, indices: Sequence[int], look: Callable[[Image.Image, np.ndarray | None], T]
+) -> Iterator[tuple[int, T | str]]:
+    """(index, what `look` makes of image and labels, or why they cannot be used), in order; decoded by all cores."""
 
     def one(index: int) -> tuple[int, T | str]:
         try:
-            return index, look(split.read(index))
+            image, labels = split.both(index) if isinstance(split, MaskSplit) else (split.read(index), None)
+            return index, look(image, labels)
         except ImageRejected as error:
             return index, str(error)
 

@@ -6,6 +6,7 @@ import stat
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from nextvit.metadata import Metadata, Preprocess
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # told by content; Pillow's other decoders stay closed
 MAX_PIXELS = 64_000_000
+MAX_TILED_PIXELS = 1_000_000_000  # of an image that is looked at tile by tile
 MAX_SIDE = 32_768
 LEAST_SIDE = 32  # of what a network takes, so of a very thin image the proportions are not kept
 MAX_ASPECT = 100  # resized by its short side, a thinner image would take gigabytes
@@ -42,17 +44,21 @@ class ImageRejected(UserError):
 
 
 def read_image(
-    source: ImageSource | bytes, *, name: str | os.PathLike[str] | None = None, draft: Draft | None = None
+    source: ImageSource | bytes,
+    *,
+    name: str | os.PathLike[str] | None = None,
+    draft: Draft | None = None,
+    most: int = MAX_PIXELS,
 ) -> Image.Image:
     """An upright 8-bit RGB image.
 
     source: a path, a PIL image, a uint8 array (H, W, 3), or the bytes of a file, whose name is then told.
     draft: is asked once with the size of the upright image; a JPEG is then decoded at 1/2, 1/4 or 1/8 of it where that
-    is still as large as wanted, which takes a fraction of the time.
+    is still as large as wanted, which takes a fraction of the time. most: pixels that an image may have.
 
     EXIF orientation is applied; alpha is laid over white; 16-bit grey is scaled to 8 bits; CMYK, palette and grey are
     converted; of an animation or a multi-page file the first frame is taken. Raises ImageRejected for a file that is
-    missing, truncated, of another format, or larger than 64 million pixels, before its pixels are decoded.
+    missing, truncated, of another format, or larger than `most`, 64 million pixels, before its pixels are decoded.
     """
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or 0 in source.shape:
@@ -69,12 +75,12 @@ def read_image(
             raise ImageRejected(f"{name} is not a regular file.")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the size is checked below; odd EXIF and palettes are handled
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+            with _opened(io.BytesIO(source) if isinstance(source, bytes) else source, most) as image:
                 width, height = image.size
-                if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+                if width * height > most or max(width, height) > MAX_SIDE:
                     raise ImageRejected(
-                        f"{name} has {width} x {height} pixels; the limit is {MAX_PIXELS // 10**6} million and "
-                        f"{MAX_SIDE} a side."
+                        f"{name} has {width} x {height} pixels; the limit is {most // 10**6} million and {MAX_SIDE} a "
+                        "side."
                     )
                 if max(width, height) > MAX_ASPECT * min(width, height):
                     raise ImageRejected(
@@ -93,6 +99,17 @@ def read_image(
         raise ImageRejected(f"{name} cannot be read: {reason}.") from error
     except Exception as error:  # decoders raise many kinds on crafted files
         raise ImageRejected(f"{name} cannot be read: it is damaged or not of {', '.join(FORMATS)}.") from error
+
+
+def _opened(source: Any, most: int) -> Image.Image:
+    """Pillow's own limit, 179 million pixels, gives way where the caller has a larger one."""
+    kept = Image.MAX_IMAGE_PIXELS
+    if most > MAX_PIXELS:
+        Image.MAX_IMAGE_PIXELS = most
+    try:
+        return Image.open(source, formats=FORMATS)
+    finally:
+        Image.MAX_IMAGE_PIXELS = kept
 
 
 def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -153,6 +170,22 @@ def fitted(image: np.ndarray, short: int, long: int) -> np.ndarray:
     levels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float()
     found = F.interpolate(levels, size, mode="bilinear", align_corners=False)[0].permute(1, 2, 0)
     return found.round().to(torch.uint8).numpy()
+
+
+def nearest(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 (H, W) -> uint8 of `size`, each pixel the one that its upper left corner lies in."""
+    rows, columns = (np.arange(new) * old // new for new, old in zip(size, labels.shape, strict=True))
+    return labels[rows[:, None], columns]
+
+
+def centre(x: np.ndarray, side: int, fill: float) -> np.ndarray:
+    """(..., H, W) -> (..., side, side): the middle of it; where it is smaller, `fill` below and to the right."""
+    height, width = x.shape[-2:]
+    top, left = max(height - side, 0) // 2, max(width - side, 0) // 2
+    part = x[..., top : top + side, left : left + side]
+    found = np.full((*x.shape[:-2], side, side), fill, x.dtype)
+    found[..., : part.shape[-2], : part.shape[-1]] = part
+    return found
 
 
 def as_taken(image: Image.Image, metadata: Metadata) -> np.ndarray:

@@ -7,24 +7,23 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from nextvit.data.images import Draft, ImageRejected, as_taken
+from nextvit.data.images import ImageRejected, as_taken
 from nextvit.data.seeds import seeded
-from nextvit.data.split import Split
+from nextvit.data.split import ReadImage, Split
 from nextvit.devices import cpu_count
 from nextvit.metadata import Metadata
 from nextvit.progress import say
 
 NOT_PREPARED = "could not be prepared"
 AHEAD = 2  # batches that each loading process may be ahead
-Read = Callable[[Draft | None], Image.Image]  # the image, or less of it where that will do
-Transform = Callable[[Read], Tensor]
+Transform = Callable[[Any], Tensor]  # of what `Split.sample` gives
 
 
 @dataclass(frozen=True)
@@ -48,10 +47,11 @@ class _Images(Dataset):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
+    def __getitem__(self, number: int) -> tuple[int, Tensor | str]:
+        drawn, index = divmod(number, len(self))
         try:
-            with seeded(*self.seed, index) if self.seed is not None else nullcontext():
-                return index, self.transform(partial(self.split.read, index))
+            with seeded(*self.seed, drawn, index) if self.seed is not None else nullcontext():
+                return index, self.transform(self.split.sample(index))
         except ImageRejected as error:
             return index, str(error)
         except Exception as error:  # a fault of ours, which would be told without the image from another process
@@ -78,7 +78,7 @@ def eval_transform(metadata: Metadata) -> Transform:
     return partial(_as_taken, metadata=metadata)
 
 
-def _as_taken(read: Read, metadata: Metadata) -> Tensor:
+def _as_taken(read: ReadImage, metadata: Metadata) -> Tensor:
     return torch.from_numpy(as_taken(read(None), metadata))
 
 
@@ -94,8 +94,9 @@ def batches(
 ) -> Iterator[Batch]:
     """Batches of the split.
 
-    order: indices to go through, or a sequence of such, one for each batch, whatever batch_size is; None: all, in
-    order. seed: numbers that the augmentation depends on, such as the run's seed and the epoch; None: there is none.
+    order: numbers of samples to go through, or a sequence of such, one for each batch, whatever batch_size is; number
+    n is image n % len(split), augmented for the time n // len(split); None: all images once, in order. seed: numbers
+    that the augmentation depends on, such as the run's seed; None: there is none.
     """
     if order is None:
         order = np.arange(len(split))

@@ -3,8 +3,9 @@
 import csv
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from nextvit import class_names
 from nextvit.data.folders import HELD_OUT, SPLITS
 from nextvit.data.images import FORMATS, MAX_PIXELS, ImageRejected, image_files, printable
 from nextvit.data.scenes import scenes_folder
-from nextvit.data.split import Split
+from nextvit.data.split import UNLABELLED, Split
 from nextvit.errors import UserError
 
 IGNORED = 255  # the label of a pixel that no loss and no metric counts
@@ -35,11 +36,20 @@ class MaskRejected(ImageRejected):
 
 @dataclass(frozen=True)
 class MaskSplit(Split):
-    """Images, each with a mask: `targets` is empty. Labels are 0 to classes - 1, and IGNORED."""
+    """Images, each with a mask and without a target. Labels are 0 to classes - 1, and IGNORED."""
 
     masks: tuple[Path, ...] = field(default=())
     zero_is_ignored: bool = False  # ADE20K's: 0 is no class, class 0 has the value 1
     colours: tuple[tuple[int, int, int], ...] = ()  # of the classes, then of what is ignored; empty: masks hold indices
+    unpaired: tuple[str, ...] = ()  # images without a mask and masks without an image, which are not in it
+
+    def sample(self, index: int) -> Callable[[], tuple[Image.Image, np.ndarray]]:
+        return partial(self.both, index)
+
+    def both(self, index: int) -> tuple[Image.Image, np.ndarray]:
+        """Image and labels; ImageRejected where either cannot be used."""
+        image = self.read(index)
+        return image, self.labels_of(index, image.size)
 
     def labels_of(self, index: int, size: tuple[int, int]) -> np.ndarray:
         """uint8 (H, W) of an image of `size` = (W, H); MaskRejected for a mask that fits neither it nor the classes."""
@@ -127,8 +137,8 @@ def mask_split(data: str | Path, name: str, labels: Sequence[str] | None = None)
     """Read a split of `data`: a folder in ADE20K's layout, or images/ and masks/ with the names of the classes.
 
     A folder without train/ and val/ is split the same way each time: every fifth image is `val`.
-    labels: the classes of a model, which must be those of the folder. Raises UserError for a folder of another kind,
-    and for an image without a mask or a mask without an image.
+    labels: the classes of a model, which must be those of the folder. Images without a mask and masks without an image
+    are left out and named in `unpaired`. Raises UserError for a folder of another kind.
     """
     root = _root(data)
     place = _place(root, name)
@@ -140,13 +150,24 @@ def mask_split(data: str | Path, name: str, labels: Sequence[str] | None = None)
         pairs = zip(labels, classes, strict=False)
         theirs, ours = next((p for p in pairs if p[0] != p[1]), (f"{len(labels)} classes", f"{len(classes)} classes"))
         raise UserError(f"{root} has other classes than the model: {ours!r} where the model has {theirs!r}.")
-    files, masks = _pairs(place.images, place.masks)
+    files, masks, unpaired = _pairs(place.images, place.masks)
     if place.shared:
         chosen = [i for i in range(len(files)) if (i % HELD_OUT == HELD_OUT - 1) == (name == "val")]
         files, masks = [files[i] for i in chosen], [masks[i] for i in chosen]
     if not files:
-        raise UserError(f"{place.images} has no images for {name}.")
-    return MaskSplit(name, root, classes, tuple(files), (), (), None, tuple(masks), ade20k, colours)
+        none = f": {unpaired[0]}" if unpaired else "."
+        raise UserError(f"{place.images} has no images with masks for {name}{none}")
+    return MaskSplit(
+        name=name,
+        folder=root,
+        labels=classes,
+        files=tuple(files),
+        targets=(UNLABELLED,) * len(files),
+        masks=tuple(masks),
+        zero_is_ignored=ade20k,
+        colours=colours,
+        unpaired=tuple(unpaired),
+    )
 
 
 def mask_splits(data: str | Path) -> tuple[str, ...]:
@@ -176,8 +197,8 @@ def _place(root: Path, name: str) -> _Place | None:
     return alone if name != "test" and alone.images.is_dir() and alone.masks.is_dir() and not parted else None
 
 
-def _pairs(images: Path, masks: Path) -> tuple[list[Path], list[Path]]:
-    """Images and masks of the same name but for its ending, in order."""
+def _pairs(images: Path, masks: Path) -> tuple[list[Path], list[Path], list[str]]:
+    """Images and masks of the same name but for its ending, in order; and what has no partner."""
     by_stem: dict[Path, Path] = {}
     for mask in image_files(masks):
         stem = mask.relative_to(masks).with_suffix("")
@@ -188,14 +209,12 @@ def _pairs(images: Path, masks: Path) -> tuple[list[Path], list[Path]]:
     stems = [file.relative_to(images).with_suffix("") for file in files]
     if twice := [file for file, stem, after in zip(files, stems, stems[1:], strict=False) if stem == after]:
         raise UserError(f"{images} has two images of one name, and one mask is for one of them: {twice[0].stem}.")
-    missing = [file.name for file, stem in zip(files, stems, strict=True) if stem not in by_stem]
-    alone = sorted(str(stem) for stem in by_stem.keys() - set(stems))
-    for names, what, where in ((missing, "images have no mask", masks), (alone, "masks have no image", images)):
-        if names:
-            more = ", ..." if len(names) > 5 else ""
-            told = ", ".join(map(printable, names[:5]))
-            raise UserError(f"{len(names)} {what} of the same name in {where}: {told}{more}.")
-    return files, [by_stem[stem] for stem in stems]
+    paired = [(file, by_stem[stem]) for file, stem in zip(files, stems, strict=True) if stem in by_stem]
+    missing = [file for file, stem in zip(files, stems, strict=True) if stem not in by_stem]
+    alone = sorted(by_stem[stem] for stem in by_stem.keys() - set(stems))
+    unpaired = [f"{printable(file)} has no mask of the same name in {masks}." for file in missing]
+    unpaired += [f"{printable(mask)} has no image of the same name in {images}." for mask in alone]
+    return [file for file, _ in paired], [mask for _, mask in paired], unpaired
 
 
 # ---- classes ---------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from PIL import Image
 
 from nextvit import __version__
 from nextvit.data.demo_images import garments, made_once
+from nextvit.data.rle import rle
 from nextvit.progress import track
 
 SPLITS = ("train", "val")
@@ -241,14 +242,6 @@ def coco_annotations(scene: Scene) -> list[dict[str, Any]]:
         {"category_id": label + 1, "segmentation": rle(mask), "area": int(mask.sum()), "bbox": box, "iscrowd": 0}
         for label, mask, box in zip(scene.labels, scene.masks, scene.boxes.tolist(), strict=True)
     ]
-
-
-def rle(mask: np.ndarray) -> dict[str, list[int]]:
-    """COCO's uncompressed run lengths of a bool (H, W): down the columns, ground and object in turn, ground first."""
-    flat = mask.ravel(order="F")
-    edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    runs = np.diff(edges, prepend=0, append=flat.size).tolist()
-    return {"size": list(mask.shape), "counts": [0, *runs] if flat[0] else runs}
 
 
 def _save(pixels: np.ndarray, path: Path) -> None:

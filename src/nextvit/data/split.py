@@ -3,8 +3,9 @@
 import hashlib
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from nextvit.errors import UserError
 from nextvit.files import cache_folder
 
 UNLABELLED = -1  # the target of an image without a label
+ReadImage = Callable[[Draft | None], Image.Image]
 CACHING = ("filecache", "simplecache", "blockcache")  # fsspec's, before the URL that they keep
 
 
@@ -64,6 +66,11 @@ class Split:
         if self.places is None:
             return read_image(self.files[index], draft=draft)
         return read_image(self.places.content(index), name=self.files[index], draft=draft)
+
+    def sample(self, index: int) -> Any:
+        """What a transform of the loader is given: here ReadImage, so that it can ask for less than the whole image."""
+        read: ReadImage = partial(self.read, index)
+        return read
 
     def content(self, index: int) -> bytes:
         """The image as it is stored; ImageRejected where there is none."""

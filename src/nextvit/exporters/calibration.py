@@ -10,7 +10,17 @@ from torch import Tensor, nn
 
 from nextvit.backbone import NextViT
 from nextvit.data.folders import data_root
-from nextvit.data.images import ImageRejected, ImageSource, as_taken, image_files, read_image
+from nextvit.data.images import (
+    ImageRejected,
+    ImageSource,
+    as_taken,
+    centre,
+    fitted,
+    image_files,
+    nearest,
+    read_image,
+)
+from nextvit.data.masks import IGNORED, MaskSplit
 from nextvit.data.sets import default_eval_split, read_split
 from nextvit.data.shards import are_shards
 from nextvit.data.split import Split
@@ -18,11 +28,13 @@ from nextvit.errors import UserError
 from nextvit.exporters.parity import with_channels
 from nextvit.metadata import Metadata
 from nextvit.progress import track
+from nextvit.segmenter import Network, Segmenter
 
 FEWEST = 32  # images that ranges of activations can be taken from
 CALIBRATED = 300  # images at most; more hardly change the ranges
 TUNED = 3000  # at most, to fine-tune on
 MEASURED = 1000  # at most
+CALIBRATED_MAPS, MEASURED_MAPS = 100, 200  # the same of segmentation, where each has many pixels
 STRANGE = (
     0.35  # standard deviations off: images of one class come to 0.1, other photographs to 0.4, inverted ones to 0.8
 )
@@ -30,19 +42,41 @@ STRANGE = (
 
 @dataclass(frozen=True)
 class Images:
-    """Images that can be read, with the index of their class where it is known; decoded anew each time."""
+    """Images that can be read, with their truth where it is known: the index of the class, or of segmentation the place
+    in a split with masks. Decoded anew each time.
+    """
 
     sources: tuple[ImageSource | bytes, ...]
     targets: tuple[int, ...] | None
     metadata: Metadata
+    masks: MaskSplit | None = None
 
     def __len__(self) -> int:
         return len(self.sources)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """float32 (1, channels, image_size, image_size), or what else a file of this metadata takes."""
+        """float32 (1, channels, image_size, image_size), or what else a file of this metadata takes.
+
+        For segmentation the centre of the image, which is resized as for evaluation.
+        """
         batch = as_taken(read_image(self.sources[index]), self.metadata)[None]
+        if self.metadata.task == "segment":
+            batch = centre(batch, self.metadata.preprocess.image_size, 0.0)
         return batch if self.metadata.takes_pixels else with_channels(batch, self.metadata.in_channels)
+
+    @property
+    def truth(self) -> np.ndarray | None:
+        """int (N,), or of segmentation uint8 (N, image_size, image_size); None: it is not known."""
+        if self.targets is None:
+            return None
+        if self.masks is None:
+            return np.asarray(self.targets)
+        p, found = self.metadata.preprocess, []
+        for index in self.targets:
+            image, labels = self.masks.both(index)
+            size = fitted(np.asarray(image), p.image_size, p.long_side or p.image_size).shape[:2]
+            found.append(centre(nearest(labels, size), p.image_size, IGNORED))
+        return np.stack(found)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return map(self.__getitem__, range(len(self)))
@@ -59,7 +93,7 @@ class Calibration:
 
 
 def read_calibration(
-    source: str | os.PathLike[str] | Sequence[ImageSource], model: NextViT, metadata: Metadata, *, tune: bool = False
+    source: str | os.PathLike[str] | Sequence[ImageSource], model: Network, metadata: Metadata, *, tune: bool = False
 ) -> Calibration:
     """Choose the images of a folder, of `demo`, or of a list, evenly spread over them; more of them to fine-tune on.
 
@@ -74,16 +108,17 @@ def read_calibration(
         notes = []
     else:
         raise UserError("calibration takes a folder of images, or a list of images.")
-    train, bad = _readable(_spread(first, TUNED if tune else CALIBRATED), "read calibration images")
-    first = _spread(train, CALIBRATED)
-    second, more = _readable(_spread(second, MEASURED), "read images to measure on")
+    calibrated, measured = (CALIBRATED, MEASURED) if metadata.task == "classify" else (CALIBRATED_MAPS, MEASURED_MAPS)
+    train, bad = _readable(_spread(first, TUNED if tune else calibrated), "read calibration images")
+    first = _spread(train, calibrated)
+    second, more = _readable(_spread(second, measured), "read images to measure on")
     if bad + more:
         notes.append(f"{len(bad) + len(more)} images could not be read and are left out: {(bad + more)[0]}")
     if len(first) < FEWEST or not len(second):
         where = source if isinstance(source, str | os.PathLike) else "the list"
         raise UserError(
             f"{where} has {len(first)} images to calibrate on and {len(second)} to measure on; int8 needs {FEWEST} or "
-            f"more in all, and is better with {CALIBRATED}."
+            f"more in all, and is better with {calibrated}."
         )
     return Calibration(train, first, second, (*notes, *_oddities(first, model)))
 
@@ -93,13 +128,15 @@ def _of_folder(source: str, metadata: Metadata) -> tuple[Images, Images, list[st
     try:
         if not labels:
             raise UserError("the model names no classes")
-        pair = [read_split(source, name, labels) for name in ("train", default_eval_split(source))]
+        task = metadata.task
+        pair = [read_split(source, name, labels, task) for name in ("train", default_eval_split(source, task))]
     except UserError as error:
         if are_shards(source):
             raise
         files = Images(tuple(image_files(data_root(source))), None, metadata)
+        truth = "classes" if metadata.task == "classify" else "masks"
         note = (
-            f"accuracy is taken as agreement with the float model, because the images have no known classes ({error})"
+            f"accuracy is taken as agreement with the float model, because the images have no known {truth} ({error})"
         )
         return *_every_fifth(files), [note.rstrip(".")]
     first, second = (_images(split, metadata) for split in pair)
@@ -107,6 +144,8 @@ def _of_folder(source: str, metadata: Metadata) -> tuple[Images, Images, list[st
 
 
 def _images(split: Split, metadata: Metadata) -> Images:
+    if isinstance(split, MaskSplit):
+        return Images(split.files, tuple(range(len(split))), metadata, split)
     if split.places is None:
         return Images(split.files, split.targets, metadata)
     chosen = np.linspace(0, len(split) - 1, min(TUNED, len(split))).astype(int).tolist()
@@ -137,19 +176,23 @@ def _readable(images: Images, label: str) -> tuple[Images, list[str]]:
     good, bad = [], []
     for index, source in enumerate(track(images.sources, total=len(images), label=label)):
         try:
-            read_image(source)
+            if images.masks is not None and images.targets is not None:
+                images.masks.both(images.targets[index])
+            else:
+                read_image(source)
             good.append(index)
         except ImageRejected as error:
             bad.append(str(error))
     return _chosen(images, good), bad
 
 
-def _oddities(images: Images, model: NextViT) -> list[str]:
+def _oddities(images: Images, model: Network) -> list[str]:
     """What the images are not: different from each other, or like those that the network was trained on."""
-    sample = np.concatenate(list(_spread(images, 64)))
+    sample = np.concatenate(list(_spread(images, 64 if images.metadata.task == "classify" else 16)))
     if sample.std(axis=0).max() < 1e-3:
         raise UserError("all calibration images are the same; give such images as the model will see.")
-    distance = _distance_from_training(model, torch.from_numpy(sample))
+    backbone = model.backbone if isinstance(model, Segmenter) else model
+    distance = _distance_from_training(backbone, torch.from_numpy(sample)) if isinstance(backbone, NextViT) else 0.0
     if distance > STRANGE:
         return [
             f"the calibration images are unlike those that the model was trained on (channel means {distance:.2f} "

@@ -14,14 +14,14 @@ def write(job: Job) -> Written:
     with quiet():
         coreai = need("coreai_torch", extra="coreai")
         runtime = need("coreai.runtime", extra="coreai")
-    network = InDtype(job.form, torch.float16) if job.metadata.precision == "fp16" else job.form
+    network = InDtype(job.network, torch.float16) if job.metadata.precision == "fp16" else job.network
     notes = runtime.AIModelAssetMetadata()
     notes.set_custom("nextvit", job.metadata.to_json())
     notes.set_custom("sha256", OPEN_SEAL)
     with converting("coreai"):
         program = torch_program(job, network).run_decompositions(coreai.get_decomp_table())
         converter = coreai.TorchConverter()
-        converter.add_exported_program(program, input_names=["image"], output_names=["logits"])
+        converter.add_exported_program(program, input_names=["image"], output_names=[job.output])
         converter.to_coreai().save_asset(job.path, notes)
     close_seal(job.path)
     return Written(None, "needs macOS 27, and nextvit does not open Core AI files yet")

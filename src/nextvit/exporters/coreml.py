@@ -20,32 +20,37 @@ def write(job: Job) -> Written:
     """Write an ML program for iOS 17, macOS 14 or later, a folder.
 
     Input `image`: RGB pixels of the size that preprocessing cuts; scaling and normalisation are in the graph. Outputs
-    `label`, `label_probs` (a dictionary) and `logits`. A model of other than three channels takes normalised floats.
+    `label`, `label_probs` (a dictionary) and `logits`; of segmentation `logits` or `classes`. A model of other than
+    three channels takes normalised floats.
     """
     with quiet():
         ct = need("coremltools", extra="coreml")
     metadata, largest = job.metadata, {"batch": 1, "side": LARGEST}
-    network = job.form if job.calibration is None else quantized(job, largest, _quantizer(job.plan))
+    network = job.network if job.calibration is None else quantized(job, largest, _quantizer(job.plan))
     if metadata.in_channels == 3:
         network = Normalised(network, metadata.preprocess.mean, metadata.preprocess.std)
     target = {
         "compute_precision": ct.precision.FLOAT32 if metadata.precision == "fp32" else ct.precision.FLOAT16,
         "minimum_deployment_target": ct.target.iOS17,
     }
+    classifies = metadata.task == "classify"
+    outputs = ["probabilities"] * classifies + [job.output]
     with converting("coreml"):
         milprogram = ct.convert(
-            torch_program(job, WithProbabilities(network), largest).run_decompositions({}),
+            torch_program(job, WithProbabilities(network) if classifies else network, largest).run_decompositions({}),
             inputs=[_input(ct, job)],
-            outputs=[ct.TensorType(name="probabilities"), ct.TensorType(name="logits")],
+            outputs=[ct.TensorType(name=name) for name in outputs],
             convert_to="milinternal",
             **target,
         )
-        # The converter puts label and dictionary in the place of the probabilities, and would then look up types of
-        # outputs by their old numbers.
-        milprogram.functions["main"].set_output_types(None)
-        classes = ct.ClassifierConfig(
-            _labels(metadata), predicted_feature_name="label", predicted_probabilities_output="probabilities"
-        )
+        classes = None
+        if classifies:
+            # The converter puts label and dictionary in the place of the probabilities, and would then look up types
+            # of outputs by their old numbers.
+            milprogram.functions["main"].set_output_types(None)
+            classes = ct.ClassifierConfig(
+                _labels(metadata), predicted_feature_name="label", predicted_probabilities_output="probabilities"
+            )
         package = ct.convert(milprogram, classifier_config=classes, convert_to="mlprogram", **target)
         package.user_defined_metadata[METADATA_KEY] = metadata.to_json()
         package.user_defined_metadata["sha256"] = OPEN_SEAL

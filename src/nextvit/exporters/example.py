@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from nextvit.backbone import NextViT
-from nextvit.data.images import pixels, preprocess
+from nextvit.data.images import normalise, pixels, preprocess
+from nextvit.exporters.form import ClassMap
 from nextvit.exporters.parity import Parity, real_images
 from nextvit.metadata import Metadata
+from nextvit.segmenter import Network
 
 PHOTOGRAPH = 10  # of `real_images`: the first that is no garment
 HINTS = {"fp32": "f32", "fp16": "f32", "bf16": "bf16", "int8": "f32"}  # of OpenVINO, for what is left in float
@@ -98,14 +99,18 @@ PYTHON = {
 
 
 def write_example(
-    folder: Path, file: str, format_name: str, model: NextViT, metadata: Metadata, parity: Parity | None
+    folder: Path, file: str, format_name: str, model: Network, metadata: Metadata, parity: Parity | None
 ) -> None:
     """Write image.png, image.rgb, logits.f32, expected.json and the programs that the format has.
 
     file: name of the exported file, in the folder above. Expected are the logits of the model in float; the tolerance
-    is the bound of the precision, for int8 half as much again as parity found, or none where it could not be run.
+    is the bound of the precision, for int8 half as much again as parity found, or none where it could not be run. Of
+    segmentation, classes.png is expected and the program is in Python alone.
     """
     folder.mkdir()
+    if metadata.task == "segment":
+        _write_dense(folder, file, format_name, model, metadata, parity)
+        return
     p, taken = metadata.preprocess, int(metadata.takes_pixels)
     photograph = real_images()[PHOTOGRAPH]
     image = preprocess(photograph, p)
@@ -159,6 +164,41 @@ def write_example(
             ),
             tolerance=f"{-1.0 if tolerance is None else tolerance}f",
             hint=f"ov::element::{hint}",
+        )
+
+
+def _write_dense(
+    folder: Path, file: str, format_name: str, model: Network, metadata: Metadata, parity: Parity | None
+) -> None:
+    """The same of segmentation: where nine of ten pixels or more have the class that is expected, it is right.
+
+    In int8 half as many again may differ as parity found.
+    """
+    p = metadata.preprocess
+    shown = real_images()[PHOTOGRAPH].resize((p.image_size, p.image_size), Image.Resampling.BICUBIC)
+    with torch.inference_mode():
+        network = ClassMap(model) if metadata.gives_classes else model
+        found = network(torch.from_numpy(normalise(np.asarray(shown), p)[None]))[0]
+    classes = found if metadata.gives_classes else found.argmax(0)
+    least = 0.0
+    if parity is not None:
+        least = parity.bound.agreement if parity.bound else 100 - 1.5 * (100 - parity.top1_agreement)
+        least = min(least, 90.0) if not parity.live else least
+    shown.save(folder / "image.png")
+    Image.fromarray(classes.numpy().astype(np.uint8)).save(folder / "classes.png")
+    expected = {"mean": p.mean, "std": p.std, "labels": metadata.labels, "least": least}
+    (folder / "expected.json").write_text(json.dumps(expected), encoding="utf-8")
+    if format_name in PYTHON:
+        python, side = PYTHON[format_name], p.image_size
+        run = Template(python.run).substitute(hint=HINTS[metadata.precision], shape=f"1, 3, {side}, {side}")
+        _fill(
+            "python_classes",
+            folder / "run.py",
+            file=json.dumps(file)[1:-1],
+            packages=python.packages,
+            imports=python.imports,
+            image=PYTHON_IMAGE[0],
+            run=run.replace('["logits"]', f'["{"classes" if metadata.gives_classes else "logits"}"]'),
         )
 
 

@@ -21,7 +21,7 @@ def write(job: Job) -> Written:
     twice = 2 * job.metadata.preprocess.image_size
     side = max(LARGEST_IMAGE, twice) if job.metadata.takes_pixels else twice
     largest = {"batch": LARGEST_BATCH, "side": side}
-    network = job.form if job.calibration is None else quantized(job, largest, _quantizer(job.plan))
+    network = job.network if job.calibration is None else quantized(job, largest, _quantizer(job.plan))
     with converting("executorch"):
         lowered = exir.to_edge_transform_and_lower(
             torch_program(job, network, largest),

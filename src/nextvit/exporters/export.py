@@ -22,7 +22,7 @@ from nextvit.exporters.job import Job, Written
 from nextvit.exporters.parity import Parity, StageComparison, compare, compare_stages
 from nextvit.exporters.preprocessing import Preprocessing
 from nextvit.exporters.program import quiet
-from nextvit.exporters.quantization import Accuracy, accuracy, logits_of, truth_of
+from nextvit.exporters.quantization import Accuracy, accuracy, all_answers
 from nextvit.exporters.rounding import finetune
 from nextvit.extras import need
 from nextvit.files import replacing
@@ -32,6 +32,7 @@ from nextvit.progress import say
 from nextvit.runtime.open import open_session
 from nextvit.runtime.session import Session
 from nextvit.runtime.torch_session import TorchSession
+from nextvit.segmenter import Network, Segmenter
 from nextvit.trust import remember
 
 
@@ -65,7 +66,7 @@ class ExportReport:
 
 
 def export(
-    model: NextViT,
+    model: Network,
     path: str | os.PathLike[str],
     *,
     image_size: int | None = None,
@@ -75,6 +76,7 @@ def export(
     qat_epochs: int = 0,
     dynamic: bool = True,
     preprocess: bool = False,
+    class_map: bool = False,
     stages: bool = False,
 ) -> ExportReport:
     """Write a model in the format that the ending of `path` names, and prove that the file answers as the model does.
@@ -82,11 +84,14 @@ def export(
     image_size: pixels a side, recorded as the size to preprocess to; None: the model's own (224 for a fresh one).
     precision: "fp32", "fp16", "bf16" or "int8", where the format has it.
     calibration: for int8: a folder of images, `demo`, or a list of images as predict takes them.
-    max_drop: for int8: points of top-1 that may be lost against the float model (of agreement with it, where the images
-        have no known classes); layers are taken back to float to keep it. None: write what comes out, and report it.
+    max_drop: for int8: points of top-1 or mIoU that may be lost against the float model (of agreement with it, where
+        the images have no known classes or masks); layers are taken back to float to keep it. None: write what comes
+        out, and report it.
     qat_epochs: for int8: passes of quantisation-aware fine-tuning over up to 3,000 of the images, before calibration.
     dynamic: batch, height and width stay free; else batch 1 and image_size are fixed.
     preprocess: the file takes uint8 images of any size and prepares them itself.
+    class_map: of segmentation: the file gives the class of each pixel of its input, int32 (B, H, W), not logits at a
+        quarter of its sides.
     stages: also compare what each stage gives, to find where a format goes wrong.
 
     Beside the file lie the report, as JSON, and a folder `PATH.example` with an image, the answer that is expected, and
@@ -95,13 +100,15 @@ def export(
     AccuracyError where int8 loses more than max_drop; then nothing is left under `path`.
     """
     path = Path(path)
-    fmt = _checked(model, path, precision, calibration is not None, max_drop, qat_epochs, preprocess)
+    fmt = _checked(model, path, precision, calibration is not None, max_drop, qat_epochs, preprocess, class_map)
     writer = import_module(f"nextvit.exporters.{fmt.name}")
-    metadata = replace(model.metadata.with_image_size(image_size), version=__version__, precision=precision)
+    metadata = model.metadata.with_image_size(image_size)
+    metadata = replace(metadata, version=__version__, precision=precision, gives_classes=class_map)
     images = None if calibration is None else read_calibration(calibration, model, metadata, tune=qat_epochs > 0)
     metadata = replace(metadata, takes_pixels=preprocess)
     start = time.perf_counter()
     free = fmt.left_open(metadata.preprocess.image_size, dynamic, preprocess)
+    metadata = replace(metadata, fixed_sides=metadata.task == "segment" and not free.sides)
     notes = images.notes if images else ()
     if dynamic and fmt.free.sides and not free.sides:
         notes = (*notes, f"the sides are fixed: {fmt.name} leaves them open from {fmt.open_from} pixels up only")
@@ -149,23 +156,28 @@ def export(
 
 
 def _checked(
-    model: NextViT,
+    model: Network,
     path: Path,
     precision: str,
     calibrated: bool,
     max_drop: float | None,
     qat_epochs: int,
     preprocess: bool,
+    class_map: bool,
 ) -> Format:
     """The format that is asked for; refused before any work starts where it cannot be."""
     fmt = format_of(path)
     if fmt is None:
         endings = ", ".join(f"{f.suffix} ({f.name})" for f in FORMATS)
         raise UserError(f"{path} does not end as a format does; the endings are {endings}.")
-    if not isinstance(model, NextViT):
+    if not isinstance(model, Network):
         raise UserError(f"export takes a model of nextvit.create_model, not {type(model).__name__}.")
-    if model.features_only:
-        raise UserError("a features_only model gives four maps; export the classifier, which ends in logits.")
+    if isinstance(model, NextViT) and model.features_only:
+        raise UserError("a features_only model gives four maps; export the whole network, which ends in logits.")
+    if class_map and not isinstance(model, Segmenter):
+        raise UserError("a class of each pixel is what segmentation gives; leave --class-map out.")
+    if preprocess and isinstance(model, Segmenter):
+        raise UserError("files for segmentation do not prepare images themselves; leave --preprocess out.")
     fmt.check(precision, preprocess)
     if preprocess:
         if model.metadata.in_channels != 3:
@@ -196,7 +208,7 @@ def _open(path: Path) -> Session:
     return open_session(path, device="cpu", trust=True)
 
 
-def _compare_stages(writer: ModuleType, model: NextViT, fmt: Format, job: Job) -> tuple[StageComparison, ...]:
+def _compare_stages(writer: ModuleType, model: Network, fmt: Format, job: Job) -> tuple[StageComparison, ...]:
     """Write a second file whose output is all stages', of one size, and compare them; it is not kept."""
     form = export_form(model, fixed=True)
     form.load_state_dict(job.form.state_dict())  # fine-tuned, it may be
@@ -204,7 +216,10 @@ def _compare_stages(writer: ModuleType, model: NextViT, fmt: Format, job: Job) -
         path = Path(folder, f"stages{fmt.suffix}")
         closed = Free(batch=False, sides=False)
         plan = replace(job.plan, max_drop=None)  # outputs are no logits, so no accuracy can be held
-        written = writer.write(replace(job.of_network(), form=StageOutputs(form), path=path, free=closed, plan=plan))
+        job = job.of_network()
+        metadata = replace(job.metadata, gives_classes=False, fixed_sides=False)
+        stages = replace(job, form=StageOutputs(form), path=path, free=closed, plan=plan, metadata=metadata)
+        written = writer.write(stages)
         return compare_stages(model, _open(written.opened))
 
 
@@ -220,24 +235,26 @@ def _insist(parity: Parity, path: Path, stages: Sequence[StageComparison]) -> No
 
 
 def _write_int8(
-    writer: ModuleType, model: NextViT, job: Job, images: Calibration, max_drop: float | None
+    writer: ModuleType, model: Network, job: Job, images: Calibration, max_drop: float | None
 ) -> tuple[Written, Accuracy | None, Job]:
     """Write in int8; if that loses too much, again with more of it in float. -> the file, what it loses, its job."""
     written = writer.write(job)
     if written.opened is None:
         return written, None, job
     eager = TorchSession(model, device="cpu", threads=None, precision="fp32")
-    floats = logits_of(eager, images.measure, "measure the float model")
+    eager.metadata = replace(eager.metadata, preprocess=job.metadata.preprocess)
+    floats = all_answers(eager, images.measure, "measure the float model")
+    truth = images.measure.truth
 
     def measure() -> Accuracy:
         taken = replace(images.measure, metadata=job.metadata)
-        found = logits_of(_open(written.opened), taken, "measure the int8 file")
-        return accuracy(images.measure, floats, found)
+        found = all_answers(_open(written.opened), taken, "measure the int8 file")
+        return accuracy(images.measure, truth, floats, found)
 
     measured = measure()
     if max_drop is None or measured.drop <= max_drop:
         return written, measured, job
-    for plan in writer.INT8.plans(job.form, images, max_drop, truth_of(images.measure, floats)):
+    for plan in writer.INT8.plans(job.form, images, max_drop, floats if truth is None else truth):
         say(f"int8 loses {measured.drop:.2f} points, {max_drop:g} are allowed; leaving more of it in float ...")
         job = replace(job, plan=plan)
         written = writer.write(job)
@@ -254,6 +271,7 @@ def _write_int8(
 def default_path(model: str | os.PathLike[str], metadata: Metadata, format_name: str) -> Path:
     """VARIANT-SIZE-PRECISION, `-pixels` where it prepares images, and the ending: beside a weight file, else here."""
     suffix = format_named(format_name).suffix
-    kind = metadata.precision + "-pixels" * metadata.takes_pixels
-    name = f"{metadata.variant}-{metadata.preprocess.image_size}-{kind}{suffix}"
+    kind = metadata.precision + "-pixels" * metadata.takes_pixels + "-classes" * metadata.gives_classes
+    variant = "-".join(part for part in (metadata.variant.replace(":", "-"), metadata.head) if part)
+    name = f"{variant}-{metadata.preprocess.image_size}-{kind}{suffix}"
     return Path(model).with_name(name) if Path(model).is_file() else Path(name)

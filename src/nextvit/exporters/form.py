@@ -9,17 +9,21 @@ from torch import Tensor, nn
 from nextvit.backbone import EMHSA, NTB, HalvingPool, NextViT, PatchEmbed, SequencePool
 from nextvit.errors import UserError
 from nextvit.folding import fold
+from nextvit.heads.units import resized
+from nextvit.segmenter import Network, Segmenter
 
 
-def export_form(model: NextViT, *, fixed: bool) -> NextViT:
+def export_form(model: Network, *, fixed: bool) -> Network:
     """A new module with the outputs of `model`, folded and rewritten for runtimes; `model` is untouched.
 
     fixed: the input has one size, so that sizes inside are constants: pooling and the output projection of E-MHSA then
     need no change of layout at all.
     """
     form = fold(model)
-    form.layout = torch.contiguous_format  # runtimes choose their own
-    form.to(memory_format=form.layout)
+    backbone = form.backbone if isinstance(form, Segmenter) else form
+    if isinstance(backbone, NextViT):
+        backbone.layout = torch.contiguous_format  # runtimes choose their own
+    form.to(memory_format=torch.contiguous_format)
     for module in form.modules():
         if isinstance(module, NTB):
             module.e_mhsa = MapEMHSA(module.e_mhsa, fixed=fixed)  # type: ignore[assignment]  # same shapes, other class
@@ -31,7 +35,7 @@ def export_form(model: NextViT, *, fixed: bool) -> NextViT:
 class StageOutputs(nn.Module):
     """A network whose one output is all that its stages give, a row an image: stem, stages, logits, flattened."""
 
-    def __init__(self, network: NextViT):
+    def __init__(self, network: Network):
         super().__init__()
         self.network = network
 
@@ -39,12 +43,31 @@ class StageOutputs(nn.Module):
         return torch.cat([part.flatten(1) for part in stage_outputs(self.network, x)], dim=1)
 
 
-def stage_outputs(network: NextViT, x: Tensor) -> list[Tensor]:
+class ClassMap(nn.Module):
+    """A segmenter that gives the class of each pixel of its input: (B, C, H, W) -> int32 (B, H, W)."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return resized(self.network(x), x.shape[2:]).argmax(1).to(torch.int32)
+
+
+def stage_outputs(network: Network, x: Tensor) -> list[Tensor]:
     """(B, C, H, W) -> the maps of the stem and of each stage, and the logits."""
-    outputs = [network.stem(x)]
-    for stage in network.stages:
-        outputs.append(stage(outputs[-1]))
-    return [*outputs, network.head(network.norm(outputs[-1]))]
+    backbone = network.backbone if isinstance(network, Segmenter) else network
+    if not isinstance(backbone, NextViT):
+        raise UserError("the stages of a backbone of timm's cannot be compared; leave --stages out.")
+    x = backbone.stem(x)
+    outputs, maps = [x], []
+    for stage, norm in zip(backbone.stages, [*backbone.stage_norms, backbone.norm], strict=True):
+        outputs.append(stage(x))
+        x = norm(outputs[-1])  # a segmenter's next stage reads the normed map, too
+        maps.append(x)
+    if isinstance(network, NextViT):
+        return [*outputs, network.head(x)]
+    return [*outputs, network.decode_head(network.neck(maps))]
 
 
 class FixedHalvingPool(nn.Module):
@@ -63,8 +86,8 @@ class InDtype(nn.Module):
         self.network, self.dtype = network.to(dtype), dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.network(x.to(self.dtype))
-        return logits.float()
+        found: Tensor = self.network(x.to(self.dtype))
+        return found.float() if found.is_floating_point() else found
 
 
 class MapEMHSA(nn.Module):

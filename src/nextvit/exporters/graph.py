@@ -1,6 +1,7 @@
 """The ONNX graph of a model in its export form: dynamic where asked, slimmed, its nodes named as the layers are."""
 
 import ast
+import re
 from typing import Any
 
 import torch
@@ -13,15 +14,18 @@ from nextvit.extras import need
 
 OPSET = 20
 PREFIX = "preprocess/"  # of the names of its nodes
+WRAPPERS = re.compile(r"^(network(\.|$))*")  # around the form
 
 
 def onnx_graph(job: Job, *, half: bool = False) -> Any:
-    """The network as an onnx.ModelProto with input `image` (B, C, H, W) and output `logits` (B, classes).
+    """The network as an onnx.ModelProto with input `image` (B, C, H, W) and output `logits` (B, classes), for
+    segmentation (B, classes, H / 4, W / 4) or `classes` (B, H, W).
 
     half: weights and arithmetic in fp16; input and output stay float32. A node that computes a layer has the layer's
     name and its operator: `stages.0.blocks.1.mlp.fc1/Conv`.
     """
-    return _graph(job.of_network(), InDtype(job.form, torch.float16) if half else job.form, "logits")
+    network = InDtype(job.network, torch.float16) if half else job.network
+    return _graph(job.of_network(), network, job.output)
 
 
 def preprocessing_graph(job: Job) -> Any:
@@ -64,7 +68,7 @@ def _name_nodes(model: Any) -> None:
     for node in model.graph.node:
         notes = {entry.key: entry.value for entry in node.metadata_props}
         scopes = ast.literal_eval(notes.get("pkg.torch.onnx.name_scopes", "['']"))
-        module = scopes[-2].removeprefix("network").removeprefix(".") if len(scopes) > 1 else ""
+        module = WRAPPERS.sub("", scopes[-2]) if len(scopes) > 1 else ""
         name = f"{module or 'model'}/{node.op_type}"
         taken[name] = taken.get(name, 0) + 1
         node.name = name if taken[name] == 1 else f"{name}.{taken[name]}"

@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from nextvit.exporters.calibration import Calibration
+from nextvit.exporters.form import ClassMap
 from nextvit.exporters.quantization import FASTEST, Plan
 from nextvit.formats import Free
 from nextvit.metadata import Metadata
@@ -15,12 +16,22 @@ from nextvit.metadata import Metadata
 class Job:
     """Write the export form of a model to `path`, in the precision that `metadata` names."""
 
-    form: nn.Module  # (B, C, H, W) float32, normalised -> (B, classes) logits; see exporters.form
+    form: nn.Module  # (B, C, H, W) float32, normalised -> logits; see exporters.form
     path: Path
     metadata: Metadata
     free: Free  # what of the file's input stays open
     calibration: Calibration | None = None  # for int8
     plan: Plan = FASTEST  # of int8: what stays float
+
+    @property
+    def network(self) -> nn.Module:
+        """The form, with what the file computes of its logits."""
+        return ClassMap(self.form) if self.metadata.gives_classes else self.form
+
+    @property
+    def output(self) -> str:
+        """The name of what the file gives."""
+        return "classes" if self.metadata.gives_classes else "logits"
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

@@ -9,17 +9,19 @@ import numpy as np
 import torch
 from PIL import Image
 
-from nextvit.backbone import NextViT
 from nextvit.data.demo_images import garments
 from nextvit.data.images import normalise, preprocess, read_image
 from nextvit.errors import UserError
-from nextvit.exporters.form import stage_outputs
+from nextvit.exporters.form import ClassMap, stage_outputs
 from nextvit.formats import Free
 from nextvit.metadata import Metadata
+from nextvit.progress import track
 from nextvit.runtime.session import Session, Setup
+from nextvit.segmenter import Network
 
 LIVE = 1e-3  # outputs that vary less than this over the images, relative to their size, prove little
 BATCHES = (1, 2, 5)
+PHOTOGRAPHS = 10  # of `real_images`: where the garments end
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,11 @@ class Bound:
 
     relative: float  # largest difference / largest output
     to_spread: float  # largest difference / how much a live model's outputs vary over the images
+    agreement: float  # percent of pixels of a live segmenter that have the same class
 
 
-PIXELS = Bound(1e-3, 1e-2)  # at least, of files that prepare images: some pixels are one level of 255 off
-BOUNDS = {"fp32": Bound(1e-4, 1e-3), "fp16": Bound(2e-2, 0.1), "bf16": Bound(0.1, 1.0)}
+PIXELS = Bound(1e-3, 1e-2, 99.9)  # at least, of files that prepare images: some pixels are one level of 255 off
+BOUNDS = {"fp32": Bound(1e-4, 1e-3, 99.9), "fp16": Bound(2e-2, 0.1, 99.0), "bf16": Bound(0.1, 1.0, 95.0)}
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,11 @@ class Comparison:
     height: int
     width: int
     images: int
-    max_abs: float  # largest absolute difference of an output
+    max_abs: float  # largest absolute difference of an output; of a file that gives classes 0: they have no size
     mean_abs: float
     cosine: float  # of centred outputs, the mean over all images taken away; the least of all images
-    top1_agreement: float  # percent of images with the same first label
-    top5_agreement: float  # percent of images whose first label is among the file's first five
+    top1_agreement: float  # percent of images, or of pixels, with the same first label
+    top5_agreement: float  # percent of images, or pixels, whose first label is among the file's first five
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,11 @@ class Parity:
 
     setup: Setup  # of the file: runtime, device, precision
     rows: tuple[Comparison, ...]  # a row a shape; the first are of the model's own size
-    spread: float  # standard deviation of an output over the images at the model's own size, mean over the classes
+    spread: float  # standard deviation of an output over the images at the model's own size, mean over all outputs
     size: float  # largest absolute output of the model
     bound: Bound | None  # None: held to its accuracy instead
     finite: bool  # all outputs of the file are numbers
+    dense: bool = False  # an answer for each pixel
 
     @property
     def images(self) -> int:
@@ -100,6 +104,8 @@ class Parity:
         if self.bound is None or not self.finite:
             return self.finite
         near = self.relative <= self.bound.relative
+        if self.dense and self.top1_agreement < self.bound.agreement:
+            return False
         return near and (not self.live or self.to_spread <= self.bound.to_spread)
 
     def to_dict(self) -> dict[str, object]:
@@ -107,22 +113,28 @@ class Parity:
         return {**asdict(self), **{name: getattr(self, name) for name in totals}}
 
 
-def compare(model: NextViT, session: Session, *, free: Free, precision: str) -> Parity:
+def compare(model: Network, session: Session, *, free: Free, precision: str) -> Parity:
     """Run both on the photographs and garments that ship here; in several batches and at another size where `free`.
 
     precision: of the file; "int8" is given no bound on the differences.
     """
     shapes: dict[tuple[int, ...], tuple[list[np.ndarray], list[np.ndarray]]] = {}
-    side = session.metadata.preprocess.image_size
+    side, dense = session.metadata.preprocess.image_size, session.metadata.task == "segment"
+    network = ClassMap(model) if session.metadata.gives_classes else model
+    dtype = np.float32 if dense else np.float64  # maps are large
     at_own_size = []
-    for taken, prepared in _inputs(session.metadata, free):
+    inputs = list(_inputs(session.metadata, free))
+    shown = track(inputs, total=len(inputs), label="compare") if dense else inputs
+    for taken, prepared in shown:
         ours, theirs = shapes.setdefault((len(taken), *session.metadata.sides(taken.shape)), ([], []))
         with torch.inference_mode():
-            ours.append(model(torch.from_numpy(prepared)).numpy().astype(np.float64))
-        theirs.append(np.asarray(session(taken), np.float64))
+            ours.append(network(torch.from_numpy(prepared)).numpy().astype(dtype))
+        theirs.append(np.asarray(session(taken), dtype))
         if prepared.shape[2:] == (side, side):
             at_own_size.append(ours[-1])
     pairs = {shape: (np.concatenate(ours), np.concatenate(theirs)) for shape, (ours, theirs) in shapes.items()}
+    if session.metadata.gives_classes:
+        return _of_classes(session.setup, pairs, precision)
     classes = next(iter(pairs.values()))[0].shape[1]
     if classes != session.metadata.num_classes:
         raise UserError(
@@ -138,14 +150,26 @@ def compare(model: NextViT, session: Session, *, free: Free, precision: str) -> 
         size=max(float(np.abs(ours).max()) for ours, _ in pairs.values()),
         bound=_bound(precision, session.metadata.takes_pixels),
         finite=all(bool(np.isfinite(theirs).all()) for _, theirs in pairs.values()),
+        dense=dense,
     )
+
+
+def _of_classes(setup: Setup, pairs: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]], precision: str) -> Parity:
+    """Of a file that gives a class for each pixel: there is nothing to compare but whether it is the same."""
+    rows = []
+    for (batch, height, width), (ours, theirs) in pairs.items():
+        same = 100.0 * float((ours == theirs).mean())
+        rows.append(Comparison(batch, height, width, len(ours), 0.0, 0.0, 1.0, same, same))
+    spread = float(np.mean([ours.std() for ours, _ in pairs.values()]))
+    size = max(float(ours.max()) for ours, _ in pairs.values())
+    return Parity(setup, tuple(rows), spread, size, BOUNDS.get(precision), finite=True, dense=True)
 
 
 def _bound(precision: str, takes_pixels: bool) -> Bound | None:
     bound = BOUNDS.get(precision)
     if bound is None or not takes_pixels:
         return bound
-    return Bound(max(bound.relative, PIXELS.relative), max(bound.to_spread, PIXELS.to_spread))
+    return Bound(max(bound.relative, PIXELS.relative), max(bound.to_spread, PIXELS.to_spread), bound.agreement)
 
 
 @dataclass(frozen=True)
@@ -158,7 +182,7 @@ class StageComparison:
     cosine: float  # the least of all images
 
 
-def compare_stages(model: NextViT, session: Session) -> tuple[StageComparison, ...]:
+def compare_stages(model: Network, session: Session) -> tuple[StageComparison, ...]:
     """Of a session whose output is that of `form.StageOutputs`."""
     batches = [taken for taken, _ in _inputs(session.metadata, Free(False, False))]
     with torch.inference_mode():
@@ -179,8 +203,10 @@ def compare_stages(model: NextViT, session: Session) -> tuple[StageComparison, .
 
 def _comparison(shape: tuple[int, ...], ours: np.ndarray, theirs: np.ndarray, centre: np.ndarray) -> Comparison:
     difference = np.abs(ours - theirs)
-    agreement = label_agreement(ours, theirs)
+    best = ours.argmax(1)
+    agreement = 100.0 * float((best == theirs.argmax(1)).mean())
     batch, height, width = shape
+    rows = (len(ours), -1)
     return Comparison(
         batch=batch,
         height=height,
@@ -188,21 +214,18 @@ def _comparison(shape: tuple[int, ...], ours: np.ndarray, theirs: np.ndarray, ce
         images=len(ours),
         max_abs=float(difference.max()),
         mean_abs=float(difference.mean()),
-        cosine=float(cosines(ours - centre, theirs - centre).min()),
+        cosine=float(cosines(*((x - x.mean((0, 2, 3), keepdims=True)).reshape(rows) for x in (ours, theirs))).min())
+        if ours.ndim > 2
+        else float(cosines(ours - centre, theirs - centre).min()),
         top1_agreement=agreement,
-        top5_agreement=100.0 * float(np.mean((np.argsort(-theirs)[:, :5] == ours.argmax(1)[:, None]).any(axis=1))),
+        top5_agreement=100.0 * float((np.argsort(-theirs, axis=1)[:, :5] == best[:, None]).any(axis=1).mean()),
     )
-
-
-def label_agreement(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Percent of rows with the largest value in the same place."""
-    return 100.0 * float((ours.argmax(1) == theirs.argmax(1)).mean())
 
 
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """(N, C) and (N, C) -> (N,); 1 where both rows are zero."""
     lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    return np.where(lengths > 0, (a * b).sum(axis=1) / np.maximum(lengths, 1e-300), 1.0)
+    return np.where(lengths > 0, (a * b).sum(axis=1) / np.maximum(lengths, 1e-30), 1.0)
 
 
 def _inputs(metadata: Metadata, free: Free) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -212,6 +235,9 @@ def _inputs(metadata: Metadata, free: Free) -> Iterator[tuple[np.ndarray, np.nda
     is given all as they are, then some of one other size.
     """
     p, images = metadata.preprocess, real_images()
+    if metadata.task == "segment":
+        yield from _dense_inputs(metadata, free)
+        return
     width, height = p.image_size + 27, p.image_size + 1
     some = [image.resize((width, height), Image.Resampling.BICUBIC) for image in images[-sum(BATCHES) :]]
     if metadata.takes_pixels:
@@ -224,6 +250,20 @@ def _inputs(metadata: Metadata, free: Free) -> Iterator[tuple[np.ndarray, np.nda
     if free.sides:
         other = with_channels(np.stack([normalise(np.asarray(image), p) for image in some]), metadata.in_channels)
         for array in _in_batches(other, BATCHES if free.batch else [1] * len(other)):
+            yield array, array
+
+
+def _dense_inputs(metadata: Metadata, free: Free) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Photographs alone, at the model's own size and at another one: each has thousands of answers."""
+    side = metadata.preprocess.image_size
+    photographs = real_images()[PHOTOGRAPHS:]
+    sizes = [(side, side), *([(side + 27, side + 1), (side // 2 + 9, side)] if free.sides else [])]
+    for number, size in enumerate(sizes):
+        chosen = photographs[number :: len(sizes)]
+        resized = [image.resize(size, Image.Resampling.BICUBIC) for image in chosen]
+        full = np.stack([normalise(np.asarray(image), metadata.preprocess) for image in resized])
+        full = with_channels(full, metadata.in_channels)
+        for array in _in_batches(full, (1, len(full) - 1) if free.batch else [1] * len(full)):
             yield array, array
 
 

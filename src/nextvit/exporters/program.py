@@ -49,7 +49,7 @@ def quantized(job: Job, largest: dict[str, int], quantizer: Any) -> nn.Module:
     pt2e = need("torchao.quantization.pt2e.quantize_pt2e", extra="executorch")
     images = job.calibration.calibrate
     with quiet():
-        prepared = pt2e.prepare_pt2e(torch_program(job.of_network(), job.form, largest).module(), quantizer)
+        prepared = pt2e.prepare_pt2e(torch_program(job.of_network(), job.network, largest).module(), quantizer)
     with torch.no_grad():
         for image in track(images, total=len(images), label="calibrate"):
             prepared(torch.from_numpy(image))

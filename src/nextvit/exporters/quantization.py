@@ -17,14 +17,19 @@ from torch import nn
 
 from nextvit.backbone import NCB, NTB
 from nextvit.exporters.calibration import Calibration, Images
-from nextvit.exporters.parity import label_agreement
 from nextvit.exporters.rounding import rounded
 from nextvit.extras import need
+from nextvit.heads.units import Unit
+from nextvit.metadata import Metadata
+from nextvit.metrics import PixelConfusion
 from nextvit.progress import say, track
 from nextvit.runtime.session import Session
+from nextvit.tasks.segment import enlarged_argmax
 
-RESIDUALS = r"stages\.\d+\.blocks\.\d+/Add.*"  # names of the additions that make the residual stream
-RANKED = 64  # images that tell which layers are sensitive
+RESIDUALS = r"(backbone\.)?stages\.\d+\.blocks\.\d+/Add.*"  # names of the additions that make the residual stream
+RANKED, FEWEST_RANKED = 64, 4  # images that tell which layers are sensitive,
+RANKED_PIXELS = RANKED * 224**2  # and at most so many pixels of them
+ENDS = ("stem", "head", "body", "conv_seg")  # parts beside blocks and units; body: a network of timm's
 SHARES = (1 / 8, 1 / 4, 1 / 2)  # of the parts that are left in float, in turn
 
 
@@ -76,16 +81,18 @@ def part_plans(form: nn.Module, calibration: Calibration, max_drop: float, truth
 
 
 def sensitive_parts(form: nn.Module, images: Images) -> list[str]:
-    """Stem, blocks and head; first the one that moves the logits most when it alone is rounded to int8.
+    """Stem, blocks and heads; first the one that moves the logits most when it alone is rounded to int8.
 
     Rounded are weights (a scale a channel) and inputs (one scale) of its convolutions and linear layers.
     """
     parts = {
         name: module
         for name, module in form.named_modules()
-        if isinstance(module, NCB | NTB) or name in ("stem", "head")
+        if isinstance(module, NCB | NTB | Unit) or name.rpartition(".")[2] in ENDS
     }
-    batch = torch.from_numpy(np.concatenate([image for image, _ in zip(images, range(RANKED), strict=False)]))
+    height, width = next(iter(images)).shape[2:]
+    count = max(FEWEST_RANKED, min(RANKED, RANKED_PIXELS // (height * width)))
+    batch = torch.from_numpy(np.concatenate([image for image, _ in zip(images, range(count), strict=False)]))
     with torch.inference_mode():
         exact = form(batch)
         moved = {}
@@ -99,11 +106,11 @@ def sensitive_parts(form: nn.Module, images: Images) -> list[str]:
 class Accuracy:
     """Of an int8 file on the images to measure on, beside its float model."""
 
-    metric: str  # "top-1", or "agreement" with the float model where the classes are not known
+    metric: str  # "top-1" or "mIoU"; "agreement" with the float model where the truth is not known
     images: int
     float_value: float  # percent
     int8_value: float  # percent
-    agreement: float  # percent of images with the float model's first label
+    agreement: float  # percent of images, or of pixels, with the float model's first label
 
     @property
     def drop(self) -> float:
@@ -150,9 +157,9 @@ def _quantized(graph: Any, calibration: Calibration, plan: Plan, ranges: Any) ->
         def validate(model: Any, indices: Iterable[int]) -> tuple[float, list[list[np.ndarray]]]:
             chosen = list(indices)
             seen = track(chosen, total=len(chosen), label="measure")  # again for all that NNCF puts back to float
-            logits = [model(images[index])[0][0] for index in seen]  # compiled by OpenVINO
-            right = [row.argmax() == truth[index] for row, index in zip(logits, chosen, strict=True)]
-            return float(np.mean(right)), [[row] for row in logits]
+            outputs = [model(images[index])[0] for index in seen]  # compiled by OpenVINO
+            answers = np.concatenate([answers_of(output, images.metadata) for output in outputs])
+            return score(answers, truth[chosen], images.metadata) / 100, [[output] for output in outputs]
 
         return nncf.quantize_with_accuracy_control(
             graph,
@@ -171,22 +178,36 @@ def _left_alone(plan: Plan) -> list[str]:
     return [RESIDUALS] * plan.float_residual + [rf"{re.escape(part)}\..*" for part in plan.float_parts]
 
 
-def logits_of(session: Session, images: Images, label: str) -> np.ndarray:
-    """(N, classes): the outputs for all images, one at a time."""
-    return np.concatenate([session(image) for image in track(images, total=len(images), label=label)])
+def answers_of(output: np.ndarray, metadata: Metadata) -> np.ndarray:
+    """Classes of a batch of outputs: int (B,), or of segmentation uint8 (B, image_size, image_size)."""
+    if metadata.task == "classify":
+        return output.argmax(1)
+    if output.ndim == 3:
+        return output.astype(np.uint8)
+    side = metadata.preprocess.image_size
+    return np.stack([enlarged_argmax(torch.from_numpy(logits), (side, side)) for logits in output])
 
 
-def truth_of(images: Images, float_logits: np.ndarray) -> np.ndarray:
-    """The class of each image; where that is not known, the float model's answer."""
-    return np.asarray(images.targets) if images.targets is not None else float_logits.argmax(1)
+def all_answers(session: Session, images: Images, label: str) -> np.ndarray:
+    """The same of all images, one at a time."""
+    seen = track(images, total=len(images), label=label)
+    return np.concatenate([answers_of(session(image), session.metadata) for image in seen])
 
 
-def accuracy(images: Images, float_logits: np.ndarray, int8_logits: np.ndarray) -> Accuracy:
-    truth = truth_of(images, float_logits)
-    return Accuracy(
-        metric="agreement" if images.targets is None else "top-1",
-        images=len(images),
-        float_value=100.0 * float((float_logits.argmax(1) == truth).mean()),
-        int8_value=100.0 * float((int8_logits.argmax(1) == truth).mean()),
-        agreement=label_agreement(float_logits, int8_logits),
-    )
+def score(answers: np.ndarray, truth: np.ndarray, metadata: Metadata) -> float:
+    """Percent: top-1, or mIoU."""
+    if metadata.task == "classify":
+        return 100.0 * float((answers == truth).mean())
+    counted = PixelConfusion(metadata.num_classes)
+    for answer, labels in zip(answers, truth, strict=True):
+        counted.update(answer, labels)
+    return counted.miou
+
+
+def accuracy(images: Images, truth: np.ndarray | None, floats: np.ndarray, int8: np.ndarray) -> Accuracy:
+    """truth, floats, int8: what is right, and the answers of both; truth None: the float model's are."""
+    agreement, m = 100.0 * float((floats == int8).mean()), images.metadata
+    if truth is None:
+        return Accuracy("agreement", len(images), 100.0, agreement, agreement)
+    metric = "top-1" if m.task == "classify" else "mIoU"
+    return Accuracy(metric, len(images), score(floats, truth, m), score(int8, truth, m), agreement)

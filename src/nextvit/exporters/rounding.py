@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from nextvit.backbone import NextViT
 from nextvit.devices import pick_device
 from nextvit.exporters.calibration import Images
 from nextvit.progress import track
+from nextvit.segmenter import Network
 
 BATCH = 16
 LEARNING_RATE = 1e-4  # at the start; it falls to 0 along half a cosine
@@ -54,7 +54,7 @@ def rounded(network: nn.Module) -> Iterator[None]:
                 parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
 
 
-def finetune(form: NextViT, model: NextViT, images: Images, epochs: int, seed: int = 0) -> tuple[float, float]:
+def finetune(form: Network, model: Network, images: Images, epochs: int, seed: int = 0) -> tuple[float, float]:
     """Quantisation-aware fine-tuning: the weights of the export form learn to give the model's answers under rounding.
 
     The model is the teacher, so no labels are needed; every image is seen as it is or mirrored, at random. Returns the
@@ -72,7 +72,8 @@ def finetune(form: NextViT, model: NextViT, images: Images, epochs: int, seed: i
     def loss_on(batch: Tensor) -> Tensor:
         with torch.no_grad():
             target = teacher(batch).log_softmax(1)
-        return F.kl_div(form(batch).log_softmax(1), target, reduction="batchmean", log_target=True)
+        answers = target.numel() // target.shape[1]  # images, or pixels of the logits
+        return F.kl_div(form(batch).log_softmax(1), target, reduction="sum", log_target=True) / answers
 
     def load(indices: Tensor) -> Tensor:
         return torch.cat([torch.from_numpy(images[int(index)]) for index in indices]).to(device)

@@ -26,7 +26,7 @@ def program(job: Job) -> torch.export.ExportedProgram:
     """The program in the precision that the metadata names; refused where this CPU only emulates it."""
     precision = job.metadata.precision
     pick_precision(precision, torch.device("cpu"))
-    return torch_program(job, job.form if precision == "fp32" else InDtype(job.form, DTYPES[precision]))
+    return torch_program(job, job.network if precision == "fp32" else InDtype(job.network, DTYPES[precision]))
 
 
 def add_metadata(path: Path, metadata: Metadata) -> None:

@@ -43,10 +43,10 @@ class CoreMLSession:
         self.setup = Setup(f"coreml, coremltools {version('coremltools')}", UNITS[device].lower(), own, threads or 0)
 
     def __call__(self, batch: np.ndarray) -> np.ndarray:
-        answers = []
+        answers, output = [], "classes" if self.metadata.gives_classes else "logits"
         for image in batch:
             given = image[None]
             if self.metadata.in_channels == 3:
                 given = Image.fromarray(pixels(image, self.metadata.preprocess))
-            answers.append(self._model.predict({"image": given})["logits"])
-        return np.concatenate(answers).astype(np.float32)
+            answers.append(self._model.predict({"image": given})[output])
+        return np.concatenate(answers).astype(np.int32 if self.metadata.gives_classes else np.float32)

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from nextvit.backbone import NextViT
 from nextvit.create import create_model, list_models, open_checkpoint
 from nextvit.errors import UserError
 from nextvit.formats import format_of
@@ -27,16 +26,8 @@ EXPORTED: dict[str, Callable[..., Session]] = {
 }
 
 
-def open_model(model: str | Path, weights: str | None = None) -> NextViT:
-    """The classifier of a variant's name (with `weights`, or random ones) or of a weight file."""
-    network = open_network(model, weights)
-    if not isinstance(network, NextViT):
-        raise UserError(f"{model} is for the task {network.metadata.task!r}, and a classifier is needed here.")
-    return network
-
-
 def open_network(model: str | Path, weights: str | None = None) -> Network:
-    """The same of any task."""
+    """The network of a variant's name (with `weights`, or random ones), a classifier, or of a weight file."""
     if str(model) in list_models():
         return create_model(str(model), weights=weights)
     if weights is not None:
@@ -59,13 +50,12 @@ def open_session(
     precision: str | None = None,
     hint: str = "latency",
     trust: bool = False,
-    dense: bool = False,
 ) -> Session:
     """Open any MODEL on the runtime that its kind asks for: exported files on their own, weights on torch, folded.
 
     precision: None is the file's own, fp32 for weights; another only where the device computes in it. hint: "latency",
     or with OpenVINO "throughput", which runs parts of a batch side by side. trust: open files that are programs,
-    whoever wrote them. dense: networks of a dense task too.
+    whoever wrote them.
     """
     if threads is not None and threads < 1:
         raise UserError(f"threads must be 1 or more, not {threads}.")
@@ -76,8 +66,7 @@ def open_session(
     if fmt is None or fmt.name != "openvino":
         insist_on_latency(hint, fmt.name if fmt else "torch")
     if fmt is None:
-        network = open_network(model, weights) if dense else open_model(model, weights)
-        return TorchSession(network, device=device, threads=threads, precision=precision)
+        return TorchSession(open_network(model, weights), device=device, threads=threads, precision=precision)
     if weights is not None:
         raise UserError(f"--weights goes with a variant's name ({', '.join(list_models())}), not with {model}.")
     if fmt.elsewhere:

@@ -8,15 +8,28 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import torch
+from PIL import Image
 
 from nextvit.backbone import SMALLEST_SIDE
-from nextvit.data.images import ImageRejected, ImageSource, as_taken, printable, read_image
+from nextvit.data.images import (
+    MAX_TILED_PIXELS,
+    ImageRejected,
+    ImageSource,
+    as_taken,
+    nearest,
+    printable,
+    read_image,
+)
 from nextvit.devices import cpu_count
 from nextvit.errors import UserError
 from nextvit.runtime.open import open_session
 from nextvit.runtime.session import Session
 from nextvit.tasks import classify
 from nextvit.tasks.classify import Classification
+from nextvit.tasks.segment import Segmentation, class_map, enlarged_argmax, tiled_map
+
+Result = Classification | Segmentation
 
 
 class Predictor:
@@ -28,7 +41,7 @@ class Predictor:
 
     @property
     def task(self) -> str:
-        """ "classify"."""
+        """ "classify" or "segment"."""
         return self.metadata.task
 
     @property
@@ -37,7 +50,8 @@ class Predictor:
         return list(self.metadata.labels) or [str(index) for index in range(self.metadata.num_classes)]
 
     def run(self, batch: np.ndarray) -> np.ndarray:
-        """float32 (B, 3, H, W), already normalised -> the raw outputs: (B, classes) logits.
+        """float32 (B, 3, H, W), already normalised -> the raw outputs: (B, classes) logits; of segmentation (B,
+        classes, H / 4, W / 4), or int32 (B, H, W) of a file that gives classes.
 
         A file that prepares images itself takes uint8 (B, H, W, 3) of any size instead.
         """
@@ -50,11 +64,14 @@ class Predictor:
         sides, least = self.metadata.sides(batch.shape), 1 if pixels else SMALLEST_SIDE
         if min(sides) < least:
             raise UserError(f"a batch of {sides[0]} x {sides[1]} pixels is too small; both sides need {least}.")
+        side = self.metadata.preprocess.image_size
+        if self.metadata.fixed_sides and sides != (side, side):
+            raise UserError(f"this file takes {side} x {side} pixels and no other size, not {sides[0]} x {sides[1]}.")
         batch = np.ascontiguousarray(batch)
         size = self.session.fixed_batch
         parts = [batch] if size is None else [batch[start : start + size] for start in range(0, len(batch), size)]
         outputs = np.concatenate([self.session(part) for part in parts])
-        if outputs.shape[1] != self.metadata.num_classes:
+        if not self.metadata.gives_classes and outputs.shape[1] != self.metadata.num_classes:
             raise UserError(
                 f"the file gives {outputs.shape[1]} outputs, and its metadata names {self.metadata.num_classes} "
                 "classes; export it again."
@@ -72,29 +89,59 @@ class Predictor:
         return as_taken(read_image(image), self.metadata)
 
     def answer(self, prepared: Sequence[np.ndarray]) -> list[Classification]:
-        """One result for each image as `prepare` gives it."""
+        """Of a classifier: one result for each image as `prepare` gives it."""
         if self.metadata.takes_pixels:  # of any size: they do not stack
             logits = np.concatenate([self.run(image[None]) for image in prepared])
         else:
             logits = self.run(np.stack(prepared))
         return classify.decode(logits, self.labels)
 
-    def predict(self, images: Sequence[ImageSource]) -> list[Classification]:
+    def segment(self, image: ImageSource, *, tile: int | None = None) -> Segmentation:
+        """The class of each pixel of one image, at its own size. Raises ImageRejected.
+
+        tile: instead of resizing the image, look at it as it is, in overlapping tiles of so many pixels a side: for
+        images of up to a billion pixels, of which nothing but the image and its answer is held.
+        """
+        if self.task != "segment":
+            raise UserError(f"this model is for the task {self.task!r}; use predict.")
+        if self.metadata.in_channels != 3:
+            raise UserError(f"this model takes {self.metadata.in_channels} input channels and no RGB images; use run.")
+        if tile is None:
+            return self._segmented(class_map(self.run, read_image(image), self.metadata))
+        return self._segmented(tiled_map(self.run, read_image(image, most=MAX_TILED_PIXELS), self.metadata, tile))
+
+    def _segmented(self, classes: np.ndarray) -> Segmentation:
+        return Segmentation(classes, tuple(self.labels))
+
+    def decoded(self, outputs: np.ndarray, size: tuple[int, int]) -> Result:
+        """The result of one image of `size` = (H, W) from the raw outputs of it whole."""
+        if self.task == "classify":
+            return classify.decode(outputs, self.labels)[0]
+        if self.metadata.gives_classes:
+            return self._segmented(nearest(outputs[0].astype(np.uint8), size))
+        return self._segmented(enlarged_argmax(torch.from_numpy(outputs[0]), size))
+
+    def predict(self, images: Sequence[ImageSource]) -> Sequence[Result]:
         """One result an image. images: paths, PIL images or uint8 arrays (H, W, 3), any mix. Raises ImageRejected."""
         if isinstance(images, str | bytes) or not isinstance(images, Sequence):
             raise UserError("predict takes a list of images; put a single one into a list.")
         if not images:
             return []
+        if self.task == "segment":
+            return [self.segment(image) for image in images]
         return self.answer([self.prepare(image) for image in images])
 
     def stream(
-        self, files: Sequence[Path], *, batch_size: int = 16, workers: int | None = None
-    ) -> Iterator[tuple[Path, Classification | str]]:
+        self, files: Sequence[Path], *, batch_size: int = 16, workers: int | None = None, tile: int | None = None
+    ) -> Iterator[tuple[Path, Result | str]]:
         """(file, its result, or why there is none) of any number of files, in order.
 
         Files are decoded and preprocessed in `workers` threads (None: one a core) while the model runs; a few batches
-        at most are held.
+        at most are held. tile: see `segment`; such images are decoded one at a time.
         """
+        if self.task == "segment":
+            yield from self._stream_maps(files, workers or cpu_count(), tile)
+            return
         if self.metadata.takes_pixels:
             batch_size = 1  # whole images, which may be large
         with ThreadPoolExecutor(workers or cpu_count()) as pool:
@@ -110,6 +157,34 @@ class Predictor:
                         return
                     batch = [waiting.popleft() for _ in range(min(batch_size, len(waiting)))]
                     yield from self._answers(batch)
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _stream_maps(
+        self, files: Sequence[Path], workers: int, tile: int | None
+    ) -> Iterator[tuple[Path, Segmentation | str]]:
+        if self.metadata.in_channels != 3:
+            raise UserError(f"this model takes {self.metadata.in_channels} input channels and no RGB images; use run.")
+        if tile is not None:
+            for file in files:
+                try:
+                    yield file, self.segment(file, tile=tile)
+                except ImageRejected as error:
+                    yield file, str(error)
+            return
+        with ThreadPoolExecutor(workers) as pool:
+            waiting: deque[tuple[Path, Future[Image.Image]]] = deque()
+            rest = iter(files)
+            try:
+                while True:
+                    waiting.extend((file, pool.submit(read_image, file)) for file in islice(rest, 2 - len(waiting)))
+                    if not waiting:
+                        return
+                    file, image = waiting.popleft()
+                    try:
+                        yield file, self._segmented(class_map(self.run, image.result(), self.metadata))
+                    except ImageRejected as error:
+                        yield file, str(error)
             finally:
                 pool.shutdown(cancel_futures=True)
 
