@@ -39,6 +39,7 @@ ROOMS = [  # the order of docs/architecture.md: a module imports what stands bef
     ["describe", "results", "plots"],
     ["report"],
     ["demo"],
+    ["demo_segment"],
     ["cli"],
     ["__main__"],
 ]

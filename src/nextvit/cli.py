@@ -41,8 +41,8 @@ Weights = Annotated[
 ]
 Output = Annotated[Path | None, typer.Option(help="Where to write.")]
 RECIPES = (
-    "default, demo, distill, finetune, in1k_300e, in1k_300e_paper, in1k_384; finetune_segment, fpn_80k, fpn_80k_paper, "
-    "upernet_160k; or a YAML file"
+    "default, demo, distill, finetune, in1k_300e, in1k_300e_paper, in1k_384; demo_segment, finetune_segment, fpn_80k, "
+    "fpn_80k_paper, upernet_160k; or a YAML file"
 )
 RecipeName = Annotated[str, typer.Option(help=f"{RECIPES}.")]
 Task = Annotated[str | None, typer.Option(help="classify or segment; left out: the recipe's own.")]

@@ -42,8 +42,7 @@ def main(run: Path) -> None:
     begin = time.perf_counter()
     recipe = read_recipe("demo")
     threads = cpu_count()
-    if (run / "recipe.yaml").exists():  # an earlier demo's: it is made anew
-        shutil.rmtree(run)
+    begun_anew(run)
     torch.set_num_threads(threads)
 
     with step("train nextvit_nano on the shipped garments"):
@@ -94,6 +93,12 @@ def main(run: Path) -> None:
     print("next, for a folder of your own with a folder of images for each class:")
     print("  .venv/bin/nextvit train FOLDER --output runs/mine")
     print("  .venv/bin/nextvit export runs/mine/model.safetensors --to onnx")
+
+
+def begun_anew(run: Path) -> None:
+    """An earlier demo's folder goes away."""
+    if (run / "recipe.yaml").exists():
+        shutil.rmtree(run)
 
 
 @contextmanager
