@@ -173,7 +173,7 @@ def test_another_batch_size_goes_on_at_the_same_image(garment_folder, tmp_path, 
     assert newest_checkpoint(tmp_path / "run").state["images"] == 48
 
 
-@pytest.mark.parametrize("phase", ["train_step", "evaluate", "save"])
+@pytest.mark.parametrize("phase", ["train_step", "validate", "save"])
 @pytest.mark.fault(
     "T2", "SIGTERM in a step, in validation, in a save: saved within the step, exit 143; resumed: the same"
 )
@@ -270,10 +270,10 @@ def test_a_killed_loading_process_is_a_sentence(garment_folder, tmp_path, found)
 def test_a_fault_in_a_loading_process_is_told_as_what_it_is(garment_folder, tmp_path):
     """With the image, and not as a process that died, which resuming would mend."""
     fail = (
-        "from nextvit.data import loader\n"
-        "def transform(read):\n"
+        "from nextvit import learning\n"
+        "def transform(*sample):\n"
         "    raise ZeroDivisionError('by an honest mistake')\n"
-        "module.sample_transform = lambda *a: transform"
+        "learning.sample_transform = lambda *a: transform"
     )
     script_flags = ["--output", tmp_path / "run", "--workers", 1, "--image-size", 32, "--epochs", 2]
     done = train_with(fail, garment_folder, *script_flags)
