@@ -2,20 +2,26 @@
 
     OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0 python benchmarks/segmentation.py
 
-Files are OpenVINO's, of one size, giving logits at a quarter of the sides. Where the time goes is the runtime's own
-profile, and for eager PyTorch that of hooks around the parts. The training step is the training loop's own (normalise,
-forward, cross entropy over all pixels, backward, AdamW) on two crops, beside segmentation-models-pytorch's FPN on
-timm's nextvit_small, whose head is widened to about the operations of ours, in a plain loop that does the same. Each
-table compares with its first row; a ratio below 1 means less time.
+Files are OpenVINO's, of one size, giving logits at a quarter of the sides. Eager PyTorch is the same network as it runs
+here (channels last), in PyTorch's own memory layout, and segmentation-models-pytorch's of about its operations. The
+peak of a precision is a 1x1 convolution of 1,024 channels, which is a plain matrix product, in the same runtime. Where
+the time goes is the runtime's own profile, and for eager PyTorch that of hooks around the parts. The training step is
+the training loop's own (normalise, forward, cross entropy over all pixels, backward, AdamW) on two crops, beside
+segmentation-models-pytorch's FPN on timm's nextvit_small, of the width that has about the operations of ours, in a
+plain loop that does the same. Each table compares with its first row; a ratio below 1 means less time.
 """
 
 import argparse
+import copy
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
+import nncf
 import numpy as np
+import openvino
 import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
@@ -74,7 +80,15 @@ def deployed(model: nn.Module, folder: Path, rounds: int) -> None:
             del files[precision]
     threads = torch.get_num_threads()
     eager = TorchSession(model, device="cpu", threads=threads, precision="fp32", kind="eager")
-    sessions = [("eager", eager)]
+    usual = copy.deepcopy(model).eval().to(memory_format=torch.contiguous_format)
+    usual.backbone.layout = torch.contiguous_format
+    gmacs = gflops(model)
+    other = smp_fpn(gmacs).eval()
+    sessions = [
+        ("eager", eager),
+        ("eager, torch's own layout", Call("eager", torch.inference_mode()(usual))),
+        ("eager, smp's FPN on timm", Call("smp", torch.inference_mode()(other))),
+    ]
     sessions += [(f"openvino {name}", open_session(path, threads=threads)) for name, path in files.items()]
     rows = benchmark(sessions, image_size=SIZE, rounds=rounds)
     print("\n".join(table([
@@ -83,9 +97,32 @@ def deployed(model: nn.Module, folder: Path, rounds: int) -> None:
          "times faster": f"{1 / row.ratio:.2f} ({1 / row.ratio_high:.2f} to {1 / row.ratio_low:.2f})"}
         for row in rows
     ])))  # fmt: skip
+    peaks = {name: peak(name) for name in files}
+    print("\n".join(table([
+        {"file": f"openvino {name}", "10^9 multiply-adds/s": f"{gmacs / row.median_ms * 1e3:.0f}",
+         "a plain matrix product's": f"{peaks[name]:.0f}"}
+        for name, row in zip(files, rows[3:], strict=True)
+    ])))  # fmt: skip
     parts = [{"file": "eager", **shares(eager_parts(model))}]
     parts += [{"file": f"openvino {name}", **shares(file_parts(path, HINTS[name]))} for name, path in files.items()]
     print("\n".join(table(parts)))
+
+
+def peak(precision: str, channels: int = 1024, side: int = 64, times: int = 12) -> float:
+    """10^9 multiply-adds a second of a 1x1 convolution, the best of some runs."""
+    layers = nn.Sequential(*(nn.Conv2d(channels, channels, 1) for _ in range(4)))
+    x = torch.randn(1, channels, side, side)
+    graph = openvino.convert_model(layers.eval(), example_input=x, input=[tuple(x.shape)])
+    if precision == "int8":
+        graph = nncf.quantize(graph, nncf.Dataset([x.numpy()]))
+    config = {"INFERENCE_PRECISION_HINT": HINTS[precision], "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    request = core().compile_model(graph, "CPU", config).create_infer_request()
+    seconds = []
+    for _ in range(times):
+        begin = time.perf_counter()
+        request.infer([x.numpy()])
+        seconds.append(time.perf_counter() - begin)
+    return 4 * channels**2 * side**2 / min(seconds) / 1e9
 
 
 def shares(milliseconds: dict[str, float]) -> dict[str, str]:
@@ -95,8 +132,6 @@ def shares(milliseconds: dict[str, float]) -> dict[str, str]:
 
 def eager_parts(model: nn.Module, times: int = 8) -> dict[str, float]:
     """Milliseconds of each part, the least of some passes; upsampling is that inside the head."""
-    import time
-
     found: dict[str, list[float]] = defaultdict(list)
     begun: dict[nn.Module, float] = {}
     doublings = [module for module in model.decode_head.modules() if isinstance(module, nn.Upsample)]
@@ -150,13 +185,10 @@ def trained(folder: Path, rounds: int) -> None:
     rng = np.random.default_rng(0)
     samples = torch.from_numpy(rng.integers(0, CLASSES, (BATCH, SIZE, SIZE, 4), np.uint8))
     ours = own_step(samples, folder)
-    widths = (128, 160, 192, 224, 256)
-    networks = {width: peer(width) for width in widths}
-    target = gflops(nextvit.create_model("nextvit_small", task="segment"))
-    cost = {width: gflops(network) for width, network in networks.items()}
-    width = min(widths, key=lambda w: abs(cost[w] - target))
-    print(f"operations at {SIZE} x {SIZE}: ours {target:.1f}, smp's FPN of {width} channels {cost[width]:.1f} 10^9")
-    sessions = [("smp", Call("smp", peer_step(networks[width], samples))), ("nextvit", Call("nextvit", ours))]
+    own = gflops(nextvit.create_model("nextvit_small", task="segment"))
+    network = smp_fpn(own)
+    print(f"operations at {SIZE} x {SIZE}: ours {own:.1f}, smp's FPN {gflops(network):.1f} 10^9")
+    sessions = [("smp", Call("smp", peer_step(network, samples))), ("nextvit", Call("nextvit", ours))]
     for row in benchmark(sessions, image_size=64, rounds=rounds):
         print(
             f"training step, batch {BATCH}, {row.model}: {row.median_ms:.0f} ms, time ratio {row.ratio:.3f} "
@@ -185,16 +217,21 @@ def own_step(samples: torch.Tensor, folder: Path) -> Callable[[torch.Tensor], No
     return step
 
 
-def peer(width: int) -> nn.Module:
-    return smp.FPN(
-        "tu-nextvit_small",
-        encoder_weights=None,
-        decoder_pyramid_channels=256,
-        decoder_segmentation_channels=width,
-        decoder_dropout=0.1,
-        classes=CLASSES,
-        upsampling=1,
-    )
+def smp_fpn(gmacs: float) -> nn.Module:
+    """Of the width whose operations are nearest to these."""
+    networks = [
+        smp.FPN(
+            "tu-nextvit_small",
+            encoder_weights=None,
+            decoder_pyramid_channels=256,
+            decoder_segmentation_channels=width,
+            decoder_dropout=0.1,
+            classes=CLASSES,
+            upsampling=1,
+        )
+        for width in (128, 160, 192, 224, 256)
+    ]
+    return min(networks, key=lambda network: abs(gflops(network) - gmacs))
 
 
 def peer_step(model: nn.Module, samples: torch.Tensor) -> Callable[[torch.Tensor], None]:

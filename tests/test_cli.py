@@ -9,14 +9,18 @@ import subprocess
 import sys
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from nextvit.create import create_model
 from nextvit.data.demo_images import garments
-from tests.conftest import nextvit, nextvit_here
+from nextvit.metadata import Preprocess
+from nextvit.weights import save_weights
+from tests.conftest import fill, nextvit, nextvit_here
 
 VERBS = ["info", "train", "eval", "predict", "export", "benchmark"]
 
@@ -310,8 +314,19 @@ def _png_bomb(path: Path, width: int, height: int) -> None:
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b""))
 
 
-@pytest.mark.slow
-def test_2000_files_of_every_kind_are_accounted_for_in_little_memory(trained, tmp_path):
+@pytest.fixture
+def segmenter(tmp_path):
+    model = fill(create_model("nextvit_nano", task="segment", num_classes=2))
+    small = Preprocess(image_size=32, crop=1.0, interpolation="bilinear", long_side=128)
+    metadata = replace(model.metadata, labels=("a", "b"), preprocess=small)
+    save_weights(tmp_path / "segmenter.safetensors", model.state_dict(), metadata)
+    return tmp_path / "segmenter.safetensors"
+
+
+@pytest.mark.fault("P1", "files of every kind: a row for each, in order, an answer or a reason, in little memory")
+@pytest.mark.parametrize(("task", "count"), [pytest.param("classify", 1980, marks=pytest.mark.slow), ("segment", 120)])
+def test_files_of_every_kind_are_accounted_for_in_little_memory(task, count, trained, segmenter, tmp_path, found):
+    """Bombs, broken and odd files, every mode, odd names, links and pipes: rows P1, P2 and P4 to P9 of the faults."""
     folder = tmp_path / "mixed"
     folder.mkdir()
     tile = garments("val")["bag"][0].resize((200, 160)).convert("RGB")
@@ -324,7 +339,7 @@ def test_2000_files_of_every_kind_are_accounted_for_in_little_memory(trained, tm
     modes = ("RGB", "L", "CMYK", "P", "LA", "RGBA", "1", "I;16")
     endings = {"RGB": ".webp", "L": ".bmp", "CMYK": ".tiff", "P": ".gif", "LA": ".png", "RGBA": ".png", "1": ".png"}
     good: set[str] = {"good.jpg"}
-    for index in range(1980):
+    for index in range(count):
         name = f"{index:04}"
         if index % 10 < 7:
             mode = modes[index % len(modes)]
@@ -359,7 +374,10 @@ def test_2000_files_of_every_kind_are_accounted_for_in_little_memory(trained, tm
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr); sys.exit(code)"
     )
     output = tmp_path / "answers.jsonl"
-    command = [sys.executable, "-m", "nextvit", "predict", str(trained / "model.safetensors"), str(folder)]
+    model = trained / "model.safetensors" if task == "classify" else segmenter
+    command = [sys.executable, "-m", "nextvit", "predict", str(model), str(folder)]
+    if task == "segment":
+        command += ["--save-masks", str(tmp_path / "masks")]
     done = subprocess.run(
         [sys.executable, "-c", script, *command, "--output", str(output)], capture_output=True, text=True, timeout=900
     )
@@ -370,3 +388,11 @@ def test_2000_files_of_every_kind_are_accounted_for_in_little_memory(trained, tm
     assert {Path(row["file"]).name for row in rows if "error" not in row} == good
     peak = int(done.stderr.split()[-1]) * 1024
     assert peak < 1.5e9, f"{peak / 1e9:.2f} GB"
+    found(f"{task}: {len(rows)} rows, {len(good)} answers, {peak / 1e9:.2f} GB")
+    if task == "segment":
+        answers = [(number, Path(row["file"])) for number, row in enumerate(rows, 1) if "error" not in row]
+        assert len(list((tmp_path / "masks").iterdir())) == len(good)
+        for number, file in answers:
+            (mask,) = (tmp_path / "masks").glob(f"{number:06}-*")
+            with Image.open(mask) as classes:
+                assert classes.size == (200, 160), file

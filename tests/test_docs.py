@@ -13,6 +13,7 @@ from nextvit.data.demo_images import garments
 from tests.conftest import REPOSITORY
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+KINDS = ("shell", "slow shell", "python", "slow python", "hub", "make", "install", "benchmark")
 BLOCK = re.compile(r"(?:<!-- test: ([\w ]+) -->\n)?```(\w*)\n(.*?)```", re.DOTALL)
 
 
@@ -45,11 +46,17 @@ def run(folder: Path, *texts: str) -> None:
         assert done.returncode == 0, f"{line}\n{done.stderr}"
 
 
+def run_python(folder: Path, *texts: str) -> None:
+    for text in texts:
+        done = subprocess.run([sys.executable, "-c", text], cwd=folder, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_every_block_with_a_command_is_marked_to_be_tested(page):
     for kind, language, text in BLOCK.findall(page.read_text()):
         if re.search(r"^([A-Z_]+=\S+ )*(nextvit|make|pip|python) ", text, re.MULTILINE) or language == "python":
-            assert kind in ("shell", "slow shell", "python", "hub", "make", "install", "benchmark"), text
+            assert kind in KINDS, text
 
 
 @pytest.mark.parametrize("page", PAGES[1:], ids=lambda p: p.name)
@@ -65,13 +72,12 @@ def test_the_slow_commands_of_a_page_run(page, folder):
     if slow and page != PAGES[0]:
         run(folder, *blocks(page, "shell"))
     run(folder, *slow)
+    run_python(folder, *blocks(page, "slow python"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_the_python_of_a_page_runs(page, folder):
-    for text in blocks(page, "python"):
-        done = subprocess.run([sys.executable, "-c", text], cwd=folder, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
+    run_python(folder, *blocks(page, "python"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -89,10 +95,16 @@ QUICK = {  # flags with which a benchmark takes a minute: as it stands it takes 
     "cpu.py": "--model nextvit_nano --rounds 8 --output {}",
     "eager_vs_timm.py": "--rounds 8",
     "loader_vs_timm.py": "--rounds 2",
+    "segmentation.py": "--model nextvit_nano --rounds 6",
     "peers.py": "--models nextvit_nano --seeds 0 --epochs 1 --output {}/peers.csv",
     "finetune.py": "--seeds 0 --pretraining-epochs 1 --epochs 2 --output {}/finetune.csv",
 }
-SAID = {"cpu.py": "resnet18", "eager_vs_timm.py": "training step", "loader_vs_timm.py": "times timm's"}
+SAID = {
+    "cpu.py": "resnet18",
+    "eager_vs_timm.py": "training step",
+    "loader_vs_timm.py": "times timm's",
+    "segmentation.py": "training step",
+}
 
 
 def benchmark_commands():
@@ -135,23 +147,45 @@ def test_links_lead_somewhere():
             assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-@pytest.mark.slow
-def test_the_demo_runs_and_passes_its_gate(tmp_path):
-    """The job of `make demo`; its figures are those of the report."""
-    run = tmp_path / "demo"
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The job of `make demo`: its run folder and what it printed."""
+    run = tmp_path_factory.mktemp("demo") / "classes"
     done = subprocess.run(
         [sys.executable, "-m", "nextvit.demo", str(run)], capture_output=True, text=True, timeout=1500
     )
     assert done.returncode == 0, done.stderr
-    top1 = float(re.search(r"held-out top-1: nextvit_nano ([\d.]+) %", done.stdout)[1])
-    assert top1 >= 87
+    return run, done.stdout
+
+
+def insist_on_a_whole_page(run: Path, figure: str) -> None:
     page = (run / "report.html").read_text()
-    assert f"{top1:.1f} %" in page
+    assert figure in page
     assert page.count("data:image/png;base64,") == 4
     assert not re.search(r'(src|href)="(?!data:)', page), "the page needs nothing but itself"
+
+
+@pytest.mark.slow
+def test_the_demo_runs_and_passes_its_gate(demo):
+    """Its figures are those of the report."""
+    run, told = demo
+    top1 = float(re.search(r"held-out top-1: nextvit_nano ([\d.]+) %", told)[1])
+    assert top1 >= 87
+    insist_on_a_whole_page(run, f"{top1:.1f} %")
     assert {p.name for p in (run / "plots").glob("*.png")} >= {
         "curves.png",
         "confusion-test.png",
         "samples.png",
         "latency.png",
     }
+
+
+@pytest.mark.slow
+def test_the_demo_of_segmentation_runs_and_passes_its_gate(demo, tmp_path):
+    """The job of `make demo-segment`."""
+    command = [sys.executable, "-m", "nextvit.demo_segment", str(demo[0] / "model.safetensors")]
+    done = subprocess.run([*command, str(tmp_path / "scenes")], capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stderr
+    miou = float(re.search(r"mIoU of nextvit_nano with Semantic FPN: ([\d.]+) %", done.stdout)[1])
+    assert miou >= 40
+    insist_on_a_whole_page(tmp_path / "scenes", f"{miou:.1f} %")
