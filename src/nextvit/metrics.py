@@ -150,7 +150,9 @@ class PixelConfusion:
 def _edge(mask: np.ndarray, width: int) -> np.ndarray:
     """bool (H, W): what of a mask lies within `width` pixels, by rows and columns, of what is outside it."""
     outside = F.pad(torch.from_numpy(~mask).float()[None], (width,) * 4, value=1.0)
-    near: np.ndarray = F.max_pool2d(outside, 2 * width + 1, stride=1)[0].numpy() > 0
+    for kernel in ((2 * width + 1, 1), (1, 2 * width + 1)):  # a square's maximum is that of its rows' maxima
+        outside = F.max_pool2d(outside, kernel, stride=1)
+    near: np.ndarray = outside[0].numpy() > 0
     return mask & near
 
 
