@@ -358,6 +358,9 @@ def test_a_predictor_of_segmentation_is_typed(checkpoint, run, image):
     np.testing.assert_array_equal(one.classes, two.classes)
     assert (one.classes == class_map(run, image, RECORD)).mean() > 0.999
     assert predictor.run(np.zeros((2, 3, 64, 96), np.float32)).shape == (2, CLASSES, 16, 24)
+    x = predictor.prepare(image)[None]
+    same = predictor.decoded(predictor.run(x), x.shape[2:], (image.height, image.width))
+    np.testing.assert_array_equal(same.classes, one.classes)
     assert predictor.segment(image, tile=64).classes.shape == (150, 190)
 
 

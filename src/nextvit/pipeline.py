@@ -62,6 +62,6 @@ def _times(predictor: Predictor, file: Path, image_size: int | None) -> np.ndarr
     marks.append(time.perf_counter())
     found = predictor.run(taken[None])
     marks.append(time.perf_counter())
-    predictor.decoded(found, (image.height, image.width))
+    predictor.decoded(found, predictor.metadata.sides(taken[None].shape), (image.height, image.width))
     marks.append(time.perf_counter())
     return np.diff(marks)

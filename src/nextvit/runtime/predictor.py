@@ -23,6 +23,7 @@ from nextvit.data.images import (
 )
 from nextvit.devices import cpu_count
 from nextvit.errors import UserError
+from nextvit.heads.units import resized
 from nextvit.runtime.open import open_session
 from nextvit.runtime.session import Session
 from nextvit.tasks import classify
@@ -113,13 +114,14 @@ class Predictor:
     def _segmented(self, classes: np.ndarray) -> Segmentation:
         return Segmentation(classes, tuple(self.labels))
 
-    def decoded(self, outputs: np.ndarray, size: tuple[int, int]) -> Result:
-        """The result of one image of `size` = (H, W) from the raw outputs of it whole."""
+    def decoded(self, outputs: np.ndarray, sides: tuple[int, int], size: tuple[int, int]) -> Result:
+        """The result of one image of `size` = (H, W) from the raw outputs for it whole, resized to `sides`."""
         if self.task == "classify":
             return classify.decode(outputs, self.labels)[0]
         if self.metadata.gives_classes:
             return self._segmented(nearest(outputs[0].astype(np.uint8), size))
-        return self._segmented(enlarged_argmax(torch.from_numpy(outputs[0]), size))
+        logits = resized(torch.from_numpy(outputs), sides)[0]
+        return self._segmented(enlarged_argmax(logits, size))
 
     def predict(self, images: Sequence[ImageSource]) -> Sequence[Result]:
         """One result an image. images: paths, PIL images or uint8 arrays (H, W, 3), any mix. Raises ImageRejected."""
