@@ -25,7 +25,7 @@ from nextvit.runtime.open import open_session
 from nextvit.runtime.predictor import Predictor
 from nextvit.runtime.session import Session
 from nextvit.runtime.torch_session import TorchSession
-from nextvit.tasks.segment import Segmentation
+from nextvit.tasks.segment import Segmentation, palette
 from nextvit.train import train
 
 SHOWN = 8  # scenes
@@ -90,16 +90,17 @@ def background_alone(split: MaskSplit) -> PixelConfusion:
 
 
 def write_samples(split: MaskSplit, predictor: Predictor, path: Path) -> None:
-    """An even selection of the split: the image, the truth over it, the answer over it."""
+    """An even selection of the split: the image, its truth, the answer, and the answer over the image."""
     pictures: list[Image.Image] = []
     captions: list[tuple[str, bool]] = []
     for index in np.linspace(0, len(split) - 1, SHOWN).astype(int).tolist():
         image, labels = split.both(index)
         answer = predictor.segment(image)
-        pictures += [image, Segmentation(labels, split.labels).overlay(image), answer.overlay(image)]
+        pictures += [image, Segmentation(labels, split.labels).image(), answer.image(), answer.overlay(image)]
         right = 100 * float((answer.classes == labels).mean())
-        captions += [("image", True), ("truth", True), (f"int8, {right:.0f} % of pixels", True)]
-    plots.samples(pictures, captions, path, columns=6)
+        captions += [(text, True) for text in ("image", "truth", f"int8: {right:.0f} % right", "laid over")]
+    colours = dict(zip(split.labels, palette(len(split.labels)).tolist(), strict=True))
+    plots.samples([picture.convert("RGB") for picture in pictures], captions, path, legend=colours)
 
 
 def write_report(

@@ -1,6 +1,6 @@
 """Pictures from rows: they measure nothing, and each can be redrawn from the CSV beside it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,8 +136,15 @@ def _bars(
     _save(figure, path)
 
 
-def samples(images: Sequence[Image.Image], captions: Sequence[tuple[str, bool]], path: Path, columns: int = 8) -> None:
-    """Images with a caption each, red where it is wrong: (text, right)."""
+def samples(
+    images: Sequence[Image.Image],
+    captions: Sequence[tuple[str, bool]],
+    path: Path,
+    *,
+    legend: Mapping[str, Sequence[int]] | None = None,
+    columns: int = 8,
+) -> None:
+    """Images with a caption each, red where it is wrong: (text, right). legend: names and their colours, 0 to 255."""
     rows = -(-len(images) // columns)
     figure = _figure(1.45 * columns, 1.85 * rows)
     grid = figure.subplots(rows, columns, squeeze=False)
@@ -146,4 +153,8 @@ def samples(images: Sequence[Image.Image], captions: Sequence[tuple[str, bool]],
     for axes, image, (text, right) in zip(grid.flat, images, captions, strict=False):
         axes.imshow(image)
         axes.set_title(text, size=8, color="black" if right else RED)
+    if legend:
+        patch = need("matplotlib.patches", extra="plots").Patch
+        patches = [patch(color=[level / 255 for level in colour], label=name) for name, colour in legend.items()]
+        figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)
     _save(figure, path)
