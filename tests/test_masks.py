@@ -34,7 +34,7 @@ def write(root, layout, count=5, size=(8, 6), mask=None):
 @pytest.mark.parametrize("layout", ["train/{}", "{}/train"])
 def test_images_and_masks_below_or_above_the_name_of_the_split(layout, tmp_path):
     kept = write(tmp_path, layout)
-    (tmp_path / "labels.txt").write_text("\n".join(NAMES))
+    (tmp_path / "labels.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(NAMES).encode())  # as Windows writes it
     split = mask_split(tmp_path, "train")
     assert (split.labels, len(split), mask_splits(tmp_path)) == (NAMES, 5, ("train",))
     for index, labels in enumerate(kept):

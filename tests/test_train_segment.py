@@ -319,6 +319,17 @@ def test_a_mask_that_does_not_fit_stops_a_run_before_its_first_step(kind, tmp_pa
     assert done.returncode == 0, done.stderr
 
 
+def test_masks_in_which_nothing_counts_stop_a_run(tmp_path):
+    root = own(tmp_path / "data")
+    for path in (root / "train" / "masks").iterdir():
+        Image.new("L", (40, 40), IGNORED).save(path)
+    with pytest.raises(UserError, match="none of 5 masks of train has a pixel with a class"):
+        train(root, read_recipe("finetune_segment", SMALL), tmp_path / "run", machine=MACHINE)
+    torch.use_deterministic_algorithms(False)
+    (finding,) = [f for f in check(read_splits(root, "segment")).findings if f.kind == "no class"]
+    assert (finding.count, finding.serious) == (5, False), "those of val have classes"
+
+
 def test_data_check_counts_the_images_that_have_a_class(tmp_path):
     root = own(tmp_path / "data")
     checked = check(read_splits(root, "segment"))

@@ -31,12 +31,12 @@ def replacing(path: str | os.PathLike[str], *, size: int = 0) -> Iterator[Path]:
     """
     final = Path(path)
     if final.is_dir() and not (final.suffix in FOLDERS and (not any(final.iterdir()) or _digest(final)[1])):
-        raise UserError(f"{final} is a folder, and none that nextvit wrote; choose another --output.")
+        raise UserError(f"{final} is a folder, and none that nextvit wrote; choose another place.")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent))
     except OSError as error:
-        raise UserError(f"cannot write {final}: {error.strerror}; choose another --output.") from error
+        raise UserError(f"cannot write {final}: {error.strerror}; choose another place.") from error
     try:
         yield folder / final.name
         written = sorted(folder.iterdir(), key=lambda p: p.name == final.name)
@@ -54,7 +54,7 @@ def replacing(path: str | os.PathLike[str], *, size: int = 0) -> Iterator[Path]:
             raise
         needed = f"; it needs {size / 1e6:.0f} MB" if size else ""
         raise DiskFull(
-            f"cannot write {final}: {error.strerror}{needed}; make room and go on, or choose another --output."
+            f"cannot write {final}: {error.strerror}{needed}; make room and go on, or choose another place."
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -96,9 +96,11 @@ def check(splits: Sequence[Split]) -> Checked:
     same = {file for group in exact for file in group}
     dense = any(isinstance(split, MaskSplit) for split in splits)
     unpaired = [told for split in splits if isinstance(split, MaskSplit) for told in split.unpaired]
+    blank = [str(s.file) for s in seen if not s.classes] if dense else []
     findings = [
         _finding("unreadable", True, f"images{OR_MASKS * dense} cannot be read; they would be left out", bad),
         _finding("unpaired", True, "images have no mask, or masks no image; they would be left out", unpaired),
+        _finding("no class", len(blank) == len(seen), "masks have no pixel with a class; they teach nothing", blank),
         _finding("same in two splits", True, "images lie in two splits: figures on the second flatter", _named(exact)),
         _finding("same within a split", False, "groups of equal files in one split", _named(repeated)),
         _finding("near duplicates", False, "pairs look the same across splits", _near(seen, same)),
@@ -147,6 +149,10 @@ def _look(image: Image.Image, labels: np.ndarray | None) -> tuple[tuple[int, int
     return image.size, there, grey, np.packbits(grey[:, 1:] > grey[:, :-1]).view(np.uint64)
 
 
+def _labelled(image: Image.Image, labels: np.ndarray | None) -> bool:
+    return labels is not None and bool((labels != IGNORED).any())
+
+
 def _left(a: np.ndarray, b: np.ndarray) -> float:
     """Levels, root mean square, by which two grey pictures differ when brightness and contrast are made the same."""
     a, b = (values - values.mean() for values in (a.astype(float), b.astype(float)))
@@ -187,7 +193,8 @@ def quick_check(training: Split, validation: Split, *, allow_bad: bool = False, 
     for split in (training, validation):
         chosen = np.unique(np.linspace(0, len(split) - 1, min(QUICK, len(split))).astype(int))
         dense = isinstance(split, MaskSplit)
-        bad = [found for _, found in _each(split, chosen.tolist(), lambda image, labels: None) if found is not None]
+        looked = [found for _, found in _each(split, chosen.tolist(), _labelled)]
+        bad = [found for found in looked if isinstance(found, str)]
         if isinstance(split, MaskSplit):
             bad += split.unpaired
         # A mask that does not fit is an error of somebody's labelling, of which there are seldom few.
@@ -196,6 +203,8 @@ def quick_check(training: Split, validation: Split, *, allow_bad: bool = False, 
                 f"{len(bad)} of {len(chosen)} images{OR_MASKS * dense} of {split.name} cannot be read: {bad[0]} "
                 "`nextvit data check` lists them all; mend them, or train without them by --allow-bad."
             )
+        if dense and not any(found is True for found in looked):
+            raise UserError(f"none of {len(looked)} masks of {split.name} has a pixel with a class; nothing is learnt.")
     if len(training) + len(validation) <= QUICK_FILES:
         same, _ = _equal([training, validation])
         if same:
