@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -131,6 +132,11 @@ def found(request):
         request.node.user_properties.append(("found", text))
 
     return record
+
+
+def pytest_configure():
+    # What a shell starts in the background ignores SIGINT and hands that down; the tests send it to their children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item):

@@ -166,7 +166,7 @@ def test_drop_path_drops_samples_and_keeps_the_mean():
     assert out.mean().item() == pytest.approx(1.0, abs=0.05)
 
 
-@pytest.mark.parametrize("kv_pooling", ["sequence", "spatial"])
+@pytest.mark.parametrize("kv_pooling", [pytest.param("sequence", marks=pytest.mark.slow), "spatial"])
 @pytest.mark.parametrize("name", ["nextvit_nano", pytest.param("nextvit_small", marks=pytest.mark.slow)])
 def test_torch_export_with_free_batch_height_and_width_gives_the_same_outputs(name, kv_pooling):
     model = fill(nextvit.create_model(name, kv_pooling=kv_pooling))
@@ -179,6 +179,7 @@ def test_torch_export_with_free_batch_height_and_width_gives_the_same_outputs(na
         torch.testing.assert_close(program(images), model(images), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_torch_compile_takes_the_whole_graph():
     model = fill(nextvit.create_model("nextvit_nano", features_only=True))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -68,7 +68,7 @@ RUNNABLE = [".onnx", ".xml", pytest.param(".pt2", marks=pytest.mark.slow), pytes
 
 
 @pytest.mark.parametrize("class_map", [False, True])
-@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("dynamic", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("ending", RUNNABLE)
 def test_a_file_answers_as_the_model_does(ending, dynamic, class_map, model, files, image):
     path, report = files(ending, dynamic=dynamic, class_map=class_map)
@@ -105,6 +105,7 @@ def load_eager(model, folder):
     return load(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("head", "name"), [("upernet", "nextvit_nano"), ("fpn", "timm:resnet18")])
 def test_other_heads_and_backbones_are_exported_with_free_sizes(head, name, tmp_path):
     report = export(network(head, name), tmp_path / "m.onnx")

@@ -173,7 +173,7 @@ def test_another_batch_size_goes_on_at_the_same_image(garment_folder, tmp_path, 
     assert newest_checkpoint(tmp_path / "run").state["images"] == 48
 
 
-@pytest.mark.parametrize("phase", ["train_step", "validate", "save"])
+@pytest.mark.parametrize("phase", [pytest.param("train_step", marks=pytest.mark.slow), "validate", "save"])
 @pytest.mark.fault(
     "T2", "SIGTERM in a step, in validation, in a save: saved within the step, exit 143; resumed: the same"
 )

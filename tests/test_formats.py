@@ -111,6 +111,7 @@ def _run_and_fail(command, folder):
     (folder / "logits.f32").write_bytes(kept[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preprocess", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_example_of_openvino_runs_in_python_and_compiles_and_runs_in_cpp(preprocess, model, tmp_path):
     import openvino
@@ -197,6 +198,7 @@ def test_a_folder_of_an_older_export_is_replaced_whole_or_left(model, tmp_path, 
     assert sorted(file.name for file in tmp_path.iterdir()) == ["m.aimodel", "m.aimodel.example", "m.aimodel.json"]
 
 
+@pytest.mark.slow
 def test_a_coreml_package_takes_an_image_and_gives_a_label(tmp_path):
     import coremltools
 
@@ -229,6 +231,7 @@ def test_pixels_of_a_prepared_image_are_those_that_it_was_made_of(model):
     assert np.array_equal(pixels(normalise(image, p), p), image)
 
 
+@pytest.mark.slow
 def test_the_command_that_builds_an_engine_is_written_out(tmp_path, model):
     report = nextvit.export(model, tmp_path / "it's.engine", image_size=64, precision="fp16")
     assert report.not_run == "needs TensorRT: there is no trtexec here"

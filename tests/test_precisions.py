@@ -42,7 +42,9 @@ def int8(request, model, garment_folder, tmp_path_factory):
     return path, nextvit.export(model, path, precision="int8", calibration=garment_folder, max_drop=None)
 
 
-@pytest.mark.parametrize(("ending", "precision"), [(".onnx", "fp16"), (".xml", "fp16"), (".xml", "bf16")])
+@pytest.mark.parametrize(
+    ("ending", "precision"), [(".onnx", "fp16"), pytest.param(".xml", "fp16", marks=pytest.mark.slow), (".xml", "bf16")]
+)
 def test_half_precision_files_agree_within_their_bound(ending, precision, model, tmp_path):
     if precision == "bf16" and not BF16:
         with pytest.raises(UserError, match="does not compute in bf16"):

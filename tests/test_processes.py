@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from nextvit.processes import Processes, SyncedBatchNorm
@@ -76,6 +77,35 @@ def test_processes_together_compute_what_one_does(count, more, alone, garment_fo
     assert f"{count} processes, batch 16" in done.stderr
     assert done.stderr.count("epoch 1 of 1") == 1, "the first process speaks"
     assert_the_same_to_rounding(tmp_path / "run", alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["fpn", "upernet"])
+def test_processes_together_train_a_segmenter_as_one_does(head, tmp_path):
+    """One step, because more amplify rounding; without the head's dropout, which is each process's own."""
+    rng = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for index in range(9):
+            image = np.kron(rng.integers(0, 255, (5, 6, 3), np.uint8), np.ones((10, 10, 1), np.uint8))
+            mask = np.kron(rng.integers(0, 3, (5, 6)), np.ones((10, 10), int)).astype(np.uint8)
+            for kind, array in (("images", image), ("masks", mask)):
+                path = tmp_path / "data" / part / kind / f"{index}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array).save(path)
+    (tmp_path / "data" / "labels.txt").write_text("a\nb\nc")
+    script = tmp_path / "without_dropout.py"
+    script.write_text(
+        "import sys\nfrom torch import nn\nfrom nextvit.cli import main\n"
+        "nn.Dropout2d.forward = lambda self, x: x\nsys.exit(main(sys.argv[1:]))\n"
+    )
+    settings = ["drop_path=0", "sync_batchnorm=true", "batch_size=8", "model=nextvit_nano", "weights=none",
+                "schedule.epochs=1", "schedule.kind=constant", "schedule.warmup_epochs=0", f"head={head}"]  # fmt: skip
+    flags = [*(flag for value in settings for flag in ("--set", value)), "--threads", "1", "--workers", "0"]
+    command = ["train", tmp_path / "data", "--task", "segment", "--image-size", "96", *flags, "--output"]
+    run([sys.executable, str(script), *map(str, command), str(tmp_path / "alone")])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
+    run([*launch, *map(str, command), str(tmp_path / "two")])
+    assert_the_same_to_rounding(tmp_path / "two", tmp_path / "alone")
 
 
 @pytest.mark.slow

@@ -75,6 +75,7 @@ def test_weights_have_255_levels_a_channel_and_inputs_256_and_nothing_stays_behi
     assert not layer._forward_pre_hooks
 
 
+@pytest.mark.slow
 def test_fine_tuning_changes_the_form_alone_and_comes_nearer_to_the_model(broken_by_rounding, images):
     model = broken_by_rounding
     before = copy.deepcopy(model.state_dict())

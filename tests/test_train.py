@@ -118,7 +118,7 @@ def test_a_signal_saves_and_resuming_gives_the_same_run(number, code, whole, gar
     assert same_tensors(stopped / "model.safetensors", whole / "model.safetensors")
 
 
-@pytest.mark.parametrize("step", [1, 3, 6])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(6, marks=pytest.mark.slow)])
 def test_a_stop_after_any_step_resumes_to_the_same_run(step, whole, garment_folder, tmp_path, monkeypatch):
     """In mid-epoch and after its last step (6 an epoch); the signal is raised by the step itself."""
     from nextvit import train as module

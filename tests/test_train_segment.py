@@ -233,7 +233,9 @@ def test_a_stop_after_any_step_resumes_to_the_same_run(step, run_folder, street,
     assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == []
 
 
-@pytest.mark.parametrize(("model", "head"), [("nextvit_nano", "upernet"), ("timm:resnet18", "fpn")])
+@pytest.mark.parametrize(
+    ("model", "head"), [("nextvit_nano", "upernet"), pytest.param("timm:resnet18", "fpn", marks=pytest.mark.slow)]
+)
 def test_other_heads_and_backbones_train(model, head, street, tmp_path):
     recipe = read_recipe("finetune_segment", [*SMALL, f"model={model}", f"head={head}", "schedule.epochs=1", "ema=0.9"])
     result = train(street, recipe, tmp_path / "run", machine=Machine(threads=1, workers=1))

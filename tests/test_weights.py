@@ -333,6 +333,7 @@ def test_published_tags_are_timms():
         assert {f"{name}.{tag}" for tag in TAGS.values()} == set(known)
 
 
+@pytest.mark.slow
 def test_a_tag_without_a_network_fails_fast_with_a_sentence():
     with pytest.raises(UserError, match="no published weights"):
         nextvit.create_model("nextvit_nano", weights="in1k")
