@@ -54,6 +54,8 @@ def alone(garment_folder, tmp_path_factory) -> Path:
 
 def assert_the_same_to_rounding(folder: Path, alone: Path) -> None:
     found, expected = row(folder), row(alone)
+    for key in {"val_miou", "val_accuracy"} & found.keys():  # in percent; rounding decides some pixels
+        assert found.pop(key) == pytest.approx(expected.pop(key), abs=0.5)
     # Rounding, after three steps of Adam; 2.5e-5 was seen.
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-7)
     weights, reference = (read_weights(f / "last.ckpt").tensors for f in (folder, alone))
