@@ -183,7 +183,8 @@ def test_an_int8_file_needs_no_flag_to_be_measured(tmp_path):
     assert json.loads(done.stdout)["rows"][0]["setup"]["precision"] == "int8"
 
 
-@pytest.mark.parametrize("dynamic", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [True, False])
 def test_parts_of_a_batch_computed_side_by_side_give_the_same_answers(dynamic, tmp_path, monkeypatch):
     file = tmp_path / "n.xml"
     export(fill(create_model("nextvit_nano", num_classes=5)), file, image_size=64, dynamic=dynamic)

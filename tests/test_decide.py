@@ -70,6 +70,7 @@ def test_what_is_said_is_kept(training):
     assert parse_recipe(found.to_yaml(), "again") == found
 
 
+@pytest.mark.slow
 def test_finetune_without_a_network_starts_small_and_says_so(garment_folder, tmp_path):
     """As a new user behind a closed door would have it: no flag but the recipe (and two to be quick)."""
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hub")}

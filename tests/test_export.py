@@ -100,7 +100,8 @@ def test_static_export_fixes_the_size(tmp_path):
         assert nextvit.load(tmp_path / f"m{ending}").predict(images) == one_by_one, "a fixed batch is the file's affair"
 
 
-@pytest.mark.parametrize("channels", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("channels", [1, 4])
 def test_other_input_channels_export(channels, tmp_path):
     model = fill(nextvit.create_model("nextvit_nano", in_channels=channels, num_classes=3))
     assert nextvit.export(model, tmp_path / "m.onnx").parity.ok

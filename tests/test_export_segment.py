@@ -1,5 +1,6 @@
 """Exported segmentation networks: whole, at free sizes and fixed ones, giving logits or classes, in float and int8."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -63,13 +64,17 @@ def files(model, tmp_path_factory):
     return written
 
 
-RUNNABLE = [".onnx", ".xml", pytest.param(".pt2", marks=pytest.mark.slow), pytest.param(".pte", marks=pytest.mark.slow),
-            pytest.param(".aoti.pt2", marks=pytest.mark.slow)]  # fmt: skip
+RUNNABLE = (".onnx", ".xml", ".pt2", ".pte", ".aoti.pt2")
+QUICK = ((".onnx", True, False), (".xml", True, True))  # ending, dynamic, class_map
 
 
-@pytest.mark.parametrize("class_map", [False, True])
-@pytest.mark.parametrize("dynamic", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("ending", RUNNABLE)
+@pytest.mark.parametrize(
+    ("ending", "dynamic", "class_map"),
+    [
+        pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow)
+        for case in itertools.product(RUNNABLE, (True, False), (True, False))
+    ],
+)
 def test_a_file_answers_as_the_model_does(ending, dynamic, class_map, model, files, image):
     path, report = files(ending, dynamic=dynamic, class_map=class_map)
     assert report.parity.ok

@@ -267,6 +267,7 @@ def test_a_killed_loading_process_is_a_sentence(garment_folder, tmp_path, found)
     found(last[:90])
 
 
+@pytest.mark.slow
 def test_a_fault_in_a_loading_process_is_told_as_what_it_is(garment_folder, tmp_path):
     """With the image, and not as a process that died, which resuming would mend."""
     fail = (

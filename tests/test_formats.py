@@ -29,6 +29,7 @@ from nextvit.runtime.open import open_session
 from tests.conftest import fill, nextvit_here
 
 OTHERS = [".pt2", ".pte", ".mlpackage", ".aimodel", ".engine"]
+SLOW = (".pte", ".aimodel")
 OPENED = {".engine": ".engine.onnx"}  # what nextvit opens of a format that is more than one file
 
 
@@ -37,7 +38,9 @@ def model():
     return fill(nextvit.create_model("nextvit_nano", num_classes=5))
 
 
-@pytest.fixture(scope="module", params=OTHERS)
+@pytest.fixture(
+    scope="module", params=[pytest.param(end, marks=pytest.mark.slow) if end in SLOW else end for end in OTHERS]
+)
 def written(request, model, tmp_path_factory):
     """A file of one size, 64 pixels, which is soon made."""
     path = tmp_path_factory.mktemp("format") / f"m{request.param}"

@@ -36,7 +36,7 @@ def model(garment_folder, tmp_path_factory):
     return open_checkpoint(run / "model.safetensors")
 
 
-@pytest.fixture(scope="module", params=[".xml", ".onnx"])
+@pytest.fixture(scope="module", params=[".xml", pytest.param(".onnx", marks=pytest.mark.slow)])
 def int8(request, model, garment_folder, tmp_path_factory):
     path = tmp_path_factory.mktemp("int8") / f"m{request.param}"
     return path, nextvit.export(model, path, precision="int8", calibration=garment_folder, max_drop=None)

@@ -75,9 +75,7 @@ def channels(image: Image.Image) -> np.ndarray:
     return np.asarray(image).transpose(2, 0, 1)
 
 
-@pytest.mark.parametrize(
-    "ending", [end if end in (".onnx", ".xml") else pytest.param(end, marks=SLOW) for end in ENDINGS]
-)
+@pytest.mark.parametrize("ending", [end if end == ".onnx" else pytest.param(end, marks=SLOW) for end in ENDINGS])
 def test_a_file_prepares_images_of_any_size_as_the_model_s_user_would(ending, model, tmp_path):
     report = nextvit.export(model, tmp_path / f"m{ending}", image_size=64, preprocess=True)
     assert report.checked.ok
