@@ -12,7 +12,7 @@ from nextvit import class_names
 from nextvit.cost import cost
 from nextvit.create import create_model, open_checkpoint
 from nextvit.errors import UserError
-from nextvit.heads.semantic_fpn import FPN
+from nextvit.heads.fpn import FPN
 from nextvit.heads.upernet import FCNHead, GridPool
 from nextvit.segmenter import IGNORED, pixel_loss
 from nextvit.weights import save_weights
@@ -87,9 +87,9 @@ def published(model):
     }
 
 
-def filled(name, head):
+def filled(name, head, task="segment"):
     """Every entry a function of its place in the published file, as the reference's check values were made."""
-    model = create_model(name, task="segment", head=head)
+    model = create_model(name, task=task, head=head)
     places = {f"backbone.{key}": k for k, key in enumerate(create_model(name).state_dict())}
     places |= {f"backbone.stage_norms.{q}.{e}": 200_000 + 10 * q + p for q in range(3) for p, e in enumerate(BN[:4])}
     rest = [key for key in model.state_dict() if not key.startswith("backbone.")]

@@ -22,5 +22,16 @@ def ade20k() -> tuple[str, ...]:
     return _lines("ade20k_labels.txt")
 
 
+@cache
+def coco() -> tuple[str, ...]:
+    """The 80 classes of COCO, by ascending number of its categories."""
+    return _lines("coco_labels.txt")
+
+
+def of_task(task: str) -> tuple[str, ...]:
+    """Those of the set that the published weights of a task were trained on."""
+    return {"classify": imagenet, "segment": ade20k, "detect": coco}[task]()
+
+
 def _lines(name: str) -> tuple[str, ...]:
     return tuple((resources.files("nextvit.data") / name).read_text(encoding="utf-8").splitlines())

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from nextvit import class_names
 from nextvit.backbone import NextViT
+from nextvit.detector import Detector
 from nextvit.errors import UserError
 from nextvit.metadata import DENSE, HEADS, Metadata, Preprocess
-from nextvit.segmenter import Network, Segmenter
+from nextvit.networks import Dense, Network
+from nextvit.segmenter import Segmenter
 from nextvit.spec import KV_POOLINGS, VARIANTS, KvPooling, Variant
 from nextvit.timm_maps import PREFIX, TimmMaps, from_classifier
 from nextvit.weights import (
@@ -24,6 +26,7 @@ from nextvit.weights import (
     WeightFile,
     adapt_first_filter,
     adapt_last_layers,
+    class_count,
     load_into,
     model_tensors,
     read_weights,
@@ -32,8 +35,13 @@ from nextvit.weights import (
     resolve,
 )
 
-DENSE_DROP_PATH = 0.2  # of the published variants in segmentation, whatever they have as classifiers
-CLASSES = {"classify": 1000, "segment": 150}
+DENSE_DROP_PATH = {  # of the published variants, whatever they have as classifiers
+    "segment": dict.fromkeys(PUBLISHED, 0.2),
+    "detect": dict(zip(PUBLISHED, (0.1, 0.2, 0.2), strict=True)),
+}
+AROUND = ("neck.", "decode_head.", "auxiliary_head.", "rpn_head.", "roi_head.")  # the backbone of a dense network
+MARKS = {"psp_modules": "upernet", "scale_heads": "fpn", "roi_head": "mask_rcnn"}  # in names of tensors
+CLASSES = {"classify": 1000, "segment": 150, "detect": 80}
 
 
 def list_models() -> list[str]:
@@ -88,20 +96,21 @@ def create_model(
     task: str = "classify",
     head: str | None = None,
 ) -> Network:
-    """Build a Next-ViT: (B, in_channels, H, W) float -> (B, num_classes) logits, or with task "segment" (B,
-    num_classes, H / 4, W / 4) and, given labels too, losses by name.
+    """Build a Next-ViT: (B, in_channels, H, W) float -> (B, num_classes) logits; with task "segment" (B,
+    num_classes, H / 4, W / 4), with "detect" a dict an image, and of these, given targets too, losses by name.
 
     name: a variant; for a dense task also "timm:NAME", any network of timm's with maps at strides 4, 8, 16, 32.
     weights: None (random), a file (official .pth, timm .pth or .safetensors, our own .safetensors or .ckpt; or what
         `weights.read_weights` gave), a published tag ("in1k", "in1k_384", "in1k_6m", "in1k_6m_384"), or
         "hf-hub:org/name". Those of a classifier give a dense task its backbone; a warning says that the rest is new.
-    num_classes: None: as the weights have it, else 1000 (classify) or 150 (segment). Another count than the weights':
-        the last layer is new.
+    num_classes: None: as the weights have it, else 1000 (classify), 150 (segment) or 80 (detect). Another count than
+        the weights': the last layer is new.
     features_only: forward returns the four stage outputs at strides 4, 8, 16, 32: raw, without the final norm; with
         task "segment" after the norms that its heads read.
     drop_path_rate: stochastic depth at the last block; None: the task's and the variant's own.
     kv_pooling: "sequence", as the published weights were trained, or "spatial", true 2-D average pooling.
-    task: "classify" or "segment". head: of "segment": "fpn" (Semantic FPN, also None) or "upernet".
+    task: "classify", "segment" or "detect". head: of "segment": "fpn" (Semantic FPN, also None) or "upernet"; of
+        "detect": "mask_rcnn" (also None).
 
     `model.metadata` holds the labels and the preprocessing that go with it. Raises UserError (a ValueError) for an
     unknown name, and for weights that cannot be read or do not fit; then nothing was loaded.
@@ -112,7 +121,7 @@ def create_model(
     if of_timm and (features_only or drop_path_rate is not None):
         raise UserError(f"features_only and drop_path_rate are Next-ViT's; timm makes {name} with its own.")
     variant = None if of_timm else variant_named(name)
-    preprocess = Preprocess() if task == "classify" else DENSE
+    preprocess = Preprocess() if task == "classify" else DENSE[task]
     metadata = Metadata(name, task, head, (), preprocess, kv_pooling=kv_pooling, in_channels=in_channels)
     file, found = None, None
     if weights is not None:
@@ -121,15 +130,15 @@ def create_model(
         if told is not None and task == "classify":
             metadata = replace(metadata, preprocess=told)
         found = _renamed(model_tensors(file), variant, task, file.source)
-    last = [found[f"{layer}.bias"] for layer in LAST_LAYERS if found and f"{layer}.bias" in found]
+    theirs = None if found is None else class_count(found)
     if num_classes is None:
-        num_classes = len(last[0]) if last else CLASSES[task]
+        num_classes = theirs or CLASSES[task]
     metadata = replace(metadata, num_classes=num_classes, in_channels=in_channels)
     model = _built(variant, metadata, features_only=features_only, drop_path_rate=drop_path_rate)
     if file is not None and found is not None:
         _load(model, found, file, name)
-    if last and file is not None and file.metadata is None:
-        known = class_names.imagenet() if task == "classify" else class_names.ade20k()
+    if theirs is not None and file is not None and file.metadata is None:
+        known = class_names.of_task(task)
         metadata = replace(metadata, labels=known if len(known) == num_classes else ())
     elif len(metadata.labels) != num_classes:
         metadata = replace(metadata, labels=())
@@ -170,8 +179,8 @@ def recognised(file: WeightFile) -> Metadata | None:
     """What a file without metadata holds, by its names and shapes, classes and input channels aside; None: not ours."""
     tensors = model_tensors(file)
     dense = any(key.removeprefix("module.").startswith(BACKBONE) for key in tensors)
-    task = "segment" if dense else "classify"
-    head = "" if not dense else "upernet" if any("psp_modules" in key for key in tensors) else "fpn"
+    head = next((head for mark, head in MARKS.items() if any(mark in key for key in tensors)), "") if dense else ""
+    task = next(task for task, heads in HEADS.items() if head in heads)
     for variant in VARIANTS:
         try:
             found = _renamed(tensors, variant, task, file.source)
@@ -220,9 +229,9 @@ def _read(name: str, weights: str | Path | WeightFile) -> tuple[WeightFile, Prep
 
 
 def _renamed(tensors: dict[str, Tensor], variant: Variant | None, task: str, source: str) -> dict[str, Tensor]:
-    return (
-        rename(tensors, variant, source) if variant and task == "classify" else rename_dense(tensors, variant, source)
-    )
+    if variant is not None and task == "classify":
+        return rename(tensors, variant, source)
+    return rename_dense(tensors, variant, task, source)
 
 
 def _built(variant: Variant | None, m: Metadata, *, features_only: bool, drop_path_rate: float | None) -> Network:
@@ -231,26 +240,26 @@ def _built(variant: Variant | None, m: Metadata, *, features_only: bool, drop_pa
     if variant is None:
         backbone: NextViT | TimmMaps = TimmMaps(m.variant.removeprefix(PREFIX), m.in_channels)
     else:
-        if dense and drop_path_rate is None and variant.name in PUBLISHED:
-            drop_path_rate = DENSE_DROP_PATH
+        if dense and drop_path_rate is None:
+            drop_path_rate = DENSE_DROP_PATH[m.task].get(variant.name)
         backbone = NextViT(
             variant,
             num_classes=m.num_classes,
             in_channels=m.in_channels,
-            features_only=features_only,
-            normed_features=dense,
+            features_only=features_only or dense,
+            normed_features=m.task == "segment",
             drop_path_rate=drop_path_rate,
             kv_pooling=m.kv_pooling,
         )
     if isinstance(backbone, NextViT) and (not dense or features_only):
         return backbone
-    return Segmenter(backbone, m)
+    return Segmenter(backbone, m) if m.task == "segment" else Detector(backbone, m)
 
 
 def _load(model: Network, found: dict[str, Tensor], file: WeightFile, name: str) -> None:
     """Whole or not at all, but for what is meant to be new: last layers of other classes, all around a backbone."""
-    own, first, around = model.state_dict(), FIRST_FILTER, ("neck.", "decode_head.", "auxiliary_head.")
-    if isinstance(model, Segmenter):
+    own, first, around = model.state_dict(), FIRST_FILTER, AROUND
+    if isinstance(model, Dense):
         first = BACKBONE + FIRST_FILTER
         if isinstance(model.backbone, TimmMaps) and not any(key.startswith(BACKBONE) for key in found):
             found = {BACKBONE + k: t for k, t in from_classifier(model_tensors(file), model.backbone).items()}

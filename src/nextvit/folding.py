@@ -14,7 +14,8 @@ from nextvit.backbone import EMHSA, MHCA, NCB, NTB, ConvNormAct, NextViT, PatchE
 from nextvit.errors import UserError
 from nextvit.heads.semantic_fpn import SemanticFPNHead
 from nextvit.heads.units import Unit
-from nextvit.segmenter import Network, Segmenter
+from nextvit.networks import Dense, Network, backbone_of
+from nextvit.segmenter import Segmenter
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
 N = TypeVar("N", bound=Network)
@@ -39,14 +40,15 @@ def fold(model: N) -> N:
     where the normed map is an output. Norms of another kind (LayerNorm2d) depend on their input and stay, as does all
     of a backbone of timm's. A segmenter loses its auxiliary head, which training alone reads.
     """
-    if not isinstance(model, NextViT | Segmenter):
+    if not isinstance(model, Network):
         raise UserError(f"fold takes a model of nextvit.create_model, not {type(model).__name__}.")
     folded: Any = copy.deepcopy(model).eval()
-    backbone = folded.backbone if isinstance(folded, Segmenter) else folded
+    backbone = backbone_of(folded)
     if isinstance(backbone, NextViT):
         _fold_blocks(backbone)
     if isinstance(folded, Segmenter):
         folded.auxiliary_head = None
+    if isinstance(folded, Dense):
         for unit in folded.modules():
             if isinstance(unit, Unit) and _is_batchnorm(unit.bn):
                 unit.conv, unit.bn = _fold_behind(unit.conv, unit.bn), nn.Identity()

@@ -11,7 +11,7 @@ from nextvit.spec import KvPooling
 
 Interpolation = Literal["bicubic", "bilinear", "nearest"]
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
-HEADS = {"classify": ("",), "segment": ("fpn", "upernet")}  # by task, the usual one first
+HEADS = {"classify": ("",), "segment": ("fpn", "upernet"), "detect": ("mask_rcnn",)}  # by task, the usual one first
 LARGEST = 4_000_000  # characters of a record: 22,000 classes with names of 100 characters come to half of it
 LARGEST_SIDE = 4096  # pixels of an input
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -57,8 +57,10 @@ class Preprocess:
         return int(self.image_size / self.crop)
 
 
-# Of the published segmentation networks: the authors' evaluation.
-DENSE = Preprocess(image_size=512, crop=1.0, interpolation="bilinear", long_side=2048)
+DENSE = {  # of the published networks: the authors' evaluation
+    "segment": Preprocess(image_size=512, crop=1.0, interpolation="bilinear", long_side=2048),
+    "detect": Preprocess(image_size=800, crop=1.0, interpolation="bilinear", long_side=1333),
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Metadata:
 
     variant: str
     task: str = "classify"
-    head: str = ""  # of a dense task: "fpn" or "upernet"
+    head: str = ""  # of a dense task: "fpn", "upernet" or "mask_rcnn"
     labels: tuple[str, ...] = ()  # in the order of the outputs; empty: the file names none
     preprocess: Preprocess = Preprocess()
     num_classes: int = 1000

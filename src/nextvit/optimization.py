@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from nextvit.backbone import NCB, NTB, NextViT
 from nextvit.errors import UserError
+from nextvit.networks import Network
 from nextvit.recipe import Optimizer, Recipe
-from nextvit.segmenter import Network
 
 BACKBONE = "backbone."
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)

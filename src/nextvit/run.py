@@ -26,12 +26,12 @@ from nextvit.errors import UserError
 from nextvit.files import sweep, write_text
 from nextvit.learning import LEARNING, Learning
 from nextvit.metadata import Metadata
+from nextvit.networks import Network
 from nextvit.objective import Objective
 from nextvit.optimization import RunningMean, freeze, insist_on_blocks, parameter_groups
 from nextvit.processes import Processes, synchronise_batchnorm
 from nextvit.progress import say
 from nextvit.recipe import Recipe, changed, flat, from_dict, override, to_dict
-from nextvit.segmenter import Network
 from nextvit.weights import WeightFile, read_weights, save_weights
 
 

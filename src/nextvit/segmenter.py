@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextvit.backbone import NextViT
-from nextvit.heads.semantic_fpn import FPN, SemanticFPNHead
+from nextvit.heads.fpn import FPN
+from nextvit.heads.semantic_fpn import SemanticFPNHead
 from nextvit.heads.units import resized
 from nextvit.heads.upernet import FCNHead, UperNetHead
 from nextvit.metadata import Metadata
@@ -44,9 +45,6 @@ class Segmenter(nn.Module):
         if self.auxiliary_head is not None:
             losses["loss_auxiliary"] = AUXILIARY_WEIGHT * pixel_loss(self.auxiliary_head(maps[2]), labels)
         return losses
-
-
-Network = NextViT | Segmenter  # what create_model gives
 
 
 def pixel_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from nextvit.evaluate import Evaluation, MaskEvaluation
 from nextvit.files import write_rows
 from nextvit.journal import Journal
 from nextvit.learning import Loading
+from nextvit.networks import Network
 from nextvit.objective import Moment
 from nextvit.optimization import learning_rate
 from nextvit.processes import Agreement, joined
@@ -35,7 +36,6 @@ from nextvit.profiling import Profile
 from nextvit.progress import say, track
 from nextvit.recipe import Recipe
 from nextvit.run import AUTOMATIC, Machine, Outcome, Run, gather, prepare, save
-from nextvit.segmenter import Network
 
 SAVE_EVERY = 600.0  # seconds, in a long epoch
 SAVE = 1  # what the processes tell each other: save and go on; a larger number is a signal's

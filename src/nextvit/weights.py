@@ -26,7 +26,14 @@ from nextvit.spec import Variant
 HEAD = "head.fc"
 FIRST_FILTER = "stem.0.conv.weight"
 BACKBONE = "backbone."  # before the backbone's names in the network of a dense task
-LAST_LAYERS = (HEAD, "decode_head.conv_seg", "auxiliary_head.conv_seg")  # one output a class each
+LAST_LAYERS = {  # outputs a class, and outputs beside them
+    HEAD: (1, 0),
+    "decode_head.conv_seg": (1, 0),
+    "auxiliary_head.conv_seg": (1, 0),
+    "roi_head.bbox_head.fc_cls": (1, 1),  # the background
+    "roi_head.bbox_head.fc_reg": (4, 0),
+    "roi_head.mask_head.conv_logits": (1, 0),
+}
 
 
 @dataclass(frozen=True)
@@ -193,19 +200,24 @@ def rename(tensors: Mapping[str, Tensor], variant: Variant, source: str) -> dict
     return renamed
 
 
-def rename_dense(tensors: Mapping[str, Tensor], variant: Variant | None, source: str) -> dict[str, Tensor]:
+UNREAD = {  # of a backbone, by task: no output depends on them, and files may have them or not
+    "segment": (f"{HEAD}.", "stage_norms.3."),
+    "detect": (f"{HEAD}.", "stage_norms.", "norm."),
+}
+
+
+def rename_dense(tensors: Mapping[str, Tensor], variant: Variant | None, task: str, source: str) -> dict[str, Tensor]:
     """The same for the network of a dense task, whose backbone lies below `backbone.`, or for a classifier alone.
 
-    variant: None where the backbone is one of timm's, which keeps its names. Entries that no output depends on are left
-    out: the classifier of the backbone, and the fourth of the norms behind its stages.
+    variant: None where the backbone is one of timm's, which keeps its names. UNREAD entries are left out.
     """
     tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
     inner = {key.removeprefix(BACKBONE): tensor for key, tensor in tensors.items() if key.startswith(BACKBONE)}
     rest = {key: tensor for key, tensor in tensors.items() if not key.startswith(BACKBONE)} if inner else {}
     if variant is not None:
         inner = rename(inner or tensors, variant, source)
-    unused = (f"{HEAD}.", "stage_norms.3.")
-    return {BACKBONE + key: tensor for key, tensor in inner.items() if not key.startswith(unused)} | rest
+        inner = {key: tensor for key, tensor in inner.items() if not key.startswith(UNREAD[task])}
+    return {BACKBONE + key: tensor for key, tensor in inner.items()} | rest
 
 
 # ---- published weights -----------------------------------------------------------------------------------------------
@@ -288,19 +300,23 @@ def load_into(model: nn.Module, found: Mapping[str, Tensor], source: str, target
     model.load_state_dict(dict(found))
 
 
+def class_count(found: Mapping[str, Tensor]) -> int | None:
+    """How many classes these tensors are made for; None: they have no last layer."""
+    for layer, (each, beside) in LAST_LAYERS.items():
+        if f"{layer}.bias" in found:
+            return (len(found[f"{layer}.bias"]) - beside) // each
+    return None
+
+
 def adapt_last_layers(found: dict[str, Tensor], model: nn.Module, source: str) -> None:
     """Another class count: the new last layers of the model stay, and a warning says so."""
     own = model.state_dict()
-    for layer in LAST_LAYERS:
-        weight, theirs = own.get(f"{layer}.weight"), found.get(f"{layer}.weight")
-        if weight is None or theirs is None or len(theirs) == len(weight):
-            continue
-        if layer != LAST_LAYERS[-1]:  # what the auxiliary head has needs no second warning
-            warnings.warn(
-                f"{source} has {len(theirs)} classes, {len(weight)} were asked for: the last layer is new.",
-                stacklevel=3,
-            )
-        found |= {key: own[key] for key in (f"{layer}.weight", f"{layer}.bias")}
+    theirs, wanted = class_count(found), class_count(own)
+    if theirs is None or wanted is None or theirs == wanted:
+        return
+    warnings.warn(f"{source} has {theirs} classes, {wanted} were asked for: the last layer is new.", stacklevel=3)
+    last = [f"{layer}.{kind}" for layer in LAST_LAYERS for kind in ("weight", "bias")]
+    found |= {key: own[key] for key in last if key in own and key in found}
 
 
 def adapt_first_filter(found: dict[str, Tensor], key: str, in_channels: int, source: str) -> None:

@@ -27,8 +27,8 @@ from nextvit.data.split import Split
 from nextvit.errors import UserError
 from nextvit.exporters.parity import with_channels
 from nextvit.metadata import Metadata
+from nextvit.networks import Network, backbone_of
 from nextvit.progress import track
-from nextvit.segmenter import Network, Segmenter
 
 FEWEST = 32  # images that ranges of activations can be taken from
 CALIBRATED = 300  # images at most; more hardly change the ranges
@@ -191,7 +191,7 @@ def _oddities(images: Images, model: Network) -> list[str]:
     sample = np.concatenate(list(_spread(images, 64 if images.metadata.task == "classify" else 16)))
     if sample.std(axis=0).max() < 1e-3:
         raise UserError("all calibration images are the same; give such images as the model will see.")
-    backbone = model.backbone if isinstance(model, Segmenter) else model
+    backbone = backbone_of(model)
     distance = _distance_from_training(backbone, torch.from_numpy(sample)) if isinstance(backbone, NextViT) else 0.0
     if distance > STRANGE:
         return [

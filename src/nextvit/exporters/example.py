@@ -14,7 +14,7 @@ from nextvit.data.images import normalise, pixels, preprocess
 from nextvit.exporters.form import ClassMap
 from nextvit.exporters.parity import Parity, real_images
 from nextvit.metadata import Metadata
-from nextvit.segmenter import Network
+from nextvit.networks import Network
 
 PHOTOGRAPH = 10  # of `real_images`: the first that is no garment
 HINTS = {"fp32": "f32", "fp16": "f32", "bf16": "bf16", "int8": "f32"}  # of OpenVINO, for what is left in float

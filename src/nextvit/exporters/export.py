@@ -28,11 +28,12 @@ from nextvit.extras import need
 from nextvit.files import replacing
 from nextvit.formats import FORMATS, Format, Free, format_named, format_of
 from nextvit.metadata import Metadata
+from nextvit.networks import Network
 from nextvit.progress import say
 from nextvit.runtime.open import open_session
 from nextvit.runtime.session import Session
 from nextvit.runtime.torch_session import TorchSession
-from nextvit.segmenter import Network, Segmenter
+from nextvit.segmenter import Segmenter
 from nextvit.trust import remember
 
 

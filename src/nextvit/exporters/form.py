@@ -10,7 +10,8 @@ from nextvit.backbone import EMHSA, NTB, HalvingPool, NextViT, PatchEmbed, Seque
 from nextvit.errors import UserError
 from nextvit.folding import fold
 from nextvit.heads.units import resized
-from nextvit.segmenter import Network, Segmenter
+from nextvit.networks import Network, backbone_of
+from nextvit.segmenter import Segmenter
 
 
 def export_form(model: Network, *, fixed: bool) -> Network:
@@ -20,7 +21,7 @@ def export_form(model: Network, *, fixed: bool) -> Network:
     need no change of layout at all.
     """
     form = fold(model)
-    backbone = form.backbone if isinstance(form, Segmenter) else form
+    backbone = backbone_of(form)
     if isinstance(backbone, NextViT):
         backbone.layout = torch.contiguous_format  # runtimes choose their own
     form.to(memory_format=torch.contiguous_format)
@@ -56,7 +57,7 @@ class ClassMap(nn.Module):
 
 def stage_outputs(network: Network, x: Tensor) -> list[Tensor]:
     """(B, C, H, W) -> the maps of the stem and of each stage, and the logits."""
-    backbone = network.backbone if isinstance(network, Segmenter) else network
+    backbone = backbone_of(network)
     if not isinstance(backbone, NextViT):
         raise UserError("the stages of a backbone of timm's cannot be compared; leave --stages out.")
     x = backbone.stem(x)
@@ -67,7 +68,9 @@ def stage_outputs(network: Network, x: Tensor) -> list[Tensor]:
         maps.append(x)
     if isinstance(network, NextViT):
         return [*outputs, network.head(x)]
-    return [*outputs, network.decode_head(network.neck(maps))]
+    if isinstance(network, Segmenter):
+        return [*outputs, network.decode_head(network.neck(maps))]
+    return [*outputs, torch.cat([level.flatten(1) for level in network.neck(maps)], dim=1)]
 
 
 class FixedHalvingPool(nn.Module):

@@ -15,9 +15,9 @@ from nextvit.errors import UserError
 from nextvit.exporters.form import ClassMap, stage_outputs
 from nextvit.formats import Free
 from nextvit.metadata import Metadata
+from nextvit.networks import Network
 from nextvit.progress import track
 from nextvit.runtime.session import Session, Setup
-from nextvit.segmenter import Network
 
 LIVE = 1e-3  # outputs that vary less than this over the images, relative to their size, prove little
 BATCHES = (1, 2, 5)

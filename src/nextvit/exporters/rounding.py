@@ -12,8 +12,8 @@ from torch.nn.utils import parametrize
 
 from nextvit.devices import pick_device
 from nextvit.exporters.calibration import Images
+from nextvit.networks import Network
 from nextvit.progress import track
-from nextvit.segmenter import Network
 
 BATCH = 16
 LEARNING_RATE = 1e-4  # at the start; it falls to 0 along half a cosine

@@ -1,33 +1,13 @@
-"""Semantic FPN (Kirillov et al. 2019), read downwards: the pyramid, the upsampling branches, the classifier."""
+"""Semantic FPN (Kirillov et al. 2019), downwards: upsampling branches, classifier. Its neck is `fpn.FPN`."""
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nextvit.heads.fpn import PYRAMID
 from nextvit.heads.units import DROPOUT, Unit, classifier, resized
 
-PYRAMID = 256  # channels of each level
 BRANCH = 128  # channels of the head
-
-
-class FPN(nn.Module):
-    """Feature pyramid (Lin et al. 2017): a 1x1 and a 3x3 convolution a level, the coarser one added in between.
-
-    Maps at strides 4, 8, 16, 32, finest first -> as many maps of PYRAMID channels, of the same sizes.
-    """
-
-    def __init__(self, widths: Sequence[int]):
-        super().__init__()
-        self.lateral_convs = nn.ModuleList(Unit(width, PYRAMID, 1, plain=True) for width in widths)
-        self.fpn_convs = nn.ModuleList(Unit(PYRAMID, PYRAMID, 3, plain=True) for _ in widths)
-
-    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        levels = [conv(x) for conv, x in zip(self.lateral_convs, maps, strict=True)]
-        for fine, coarse in ((2, 3), (1, 2), (0, 1)):
-            size = levels[fine].shape[2:]
-            levels[fine] = levels[fine] + F.interpolate(levels[coarse], size=size, mode="nearest")
-        return [conv(x) for conv, x in zip(self.fpn_convs, levels, strict=True)]
 
 
 class SemanticFPNHead(nn.Module):

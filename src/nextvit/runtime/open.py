@@ -6,6 +6,7 @@ from pathlib import Path
 from nextvit.create import create_model, list_models, open_checkpoint
 from nextvit.errors import UserError
 from nextvit.formats import format_of
+from nextvit.networks import Network
 from nextvit.runtime.coreml_session import CoreMLSession
 from nextvit.runtime.executorch_session import ExecuTorchSession
 from nextvit.runtime.onnxruntime_session import OnnxRuntimeSession
@@ -13,7 +14,6 @@ from nextvit.runtime.openvino_session import OpenVINOSession
 from nextvit.runtime.session import Session, insist_on_latency
 from nextvit.runtime.torch_program_session import TorchProgramSession
 from nextvit.runtime.torch_session import TorchSession
-from nextvit.segmenter import Network
 
 HINTS = ("latency", "throughput")
 EXPORTED: dict[str, Callable[..., Session]] = {

@@ -8,8 +8,8 @@ from torch import nn
 
 from nextvit.devices import DTYPES, insist_on_compiler, pick_device, pick_precision, set_threads
 from nextvit.folding import fold
+from nextvit.networks import Network
 from nextvit.runtime.session import Setup
-from nextvit.segmenter import Network
 
 MANY = 10_000  # compilations in one process
 KINDS = ("eager", "folded", "compiled")
