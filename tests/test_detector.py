@@ -397,12 +397,12 @@ def test_samples_are_drawn_up_to_their_number_and_share():
     torch.manual_seed(0)
     match = torch.full((5000,), -1)
     match[:300], match[300:400] = 2, -2
-    positive, negative = sampled(match, RPN_MATCHING)
+    positive, negative = sampled(match, RPN_MATCHING, 256)
     assert (len(positive), len(negative)) == (128, 128)
     assert (match[positive] >= 0).all()
     assert (match[negative] == -1).all()
     match[10:300] = -2
-    positive, negative = sampled(match, ROI_MATCHING)
+    positive, negative = sampled(match, ROI_MATCHING, 512)
     assert (len(positive), len(negative)) == (10, 502)
     assert len(negative.unique()) == 502
 
@@ -437,14 +437,14 @@ def targets_of(size, count, seed=0, classes=80):
 
 
 def test_losses_of_proposals_are_their_plain_sums(monkeypatch):
-    monkeypatch.setattr("nextvit.heads.boxes._some", lambda places, most: places[:most])  # no chance
+    monkeypatch.setattr("nextvit.heads.boxes.some", lambda places, most: places[:most])  # no chance
     size, padded = (64, 90), (64, 128)
     model, image = lively(), noise(padded)
     maps = model.neck(model.backbone(image))
     scores, deltas = model.rpn_head(maps)
     bases = anchors_of(maps)
     target = targets_of(size, 4)
-    found = rpn_losses(scores, deltas, bases, [x.shape[2:] for x in maps], [target], [size])
+    found = rpn_losses(scores, deltas, bases, [x.shape[2:] for x in maps], [target], [size], 256)
     inside = []
     for x, stride in zip(maps, (4, 8, 16, 32, 64), strict=True):
         for row in range(x.shape[2]):

@@ -154,7 +154,7 @@ def test_images_without_masks_and_masks_without_images_are_named_and_left_out(tm
     (tmp_path / "train/images/4.jpg").unlink()
     split = mask_split(tmp_path, "train")
     assert {file.stem for file in split.files} == {mask.stem for mask in split.masks} == {"0", "1", "3"}
-    without, alone = split.unpaired
+    without, alone = split.faults
     assert "2.jpg has no mask of the same name in" in without
     assert "4.png has no image of the same name in" in alone
 

@@ -315,7 +315,7 @@ def test_a_mask_that_does_not_fit_stops_a_run_before_its_first_step(kind, tmp_pa
     checked = check(read_splits(root, task_of(root)))
     assert checked.serious
     (finding,) = [f for f in checked.findings if f.serious]
-    assert (finding.kind, finding.count) == ("unpaired" if kind == "missing" else "unreadable", 1)
+    assert (finding.kind, finding.count) == ("entries" if kind == "missing" else "unreadable", 1)
     flags += ["--allow-bad", "--epochs", 1]
     done = nextvit_here("train", root, "--task", "segment", "--output", tmp_path / "run", *flags)
     assert done.returncode == 0, done.stderr

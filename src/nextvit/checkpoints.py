@@ -56,7 +56,11 @@ class Epoch:
 
 
 def merit(numbers: dict[str, float]) -> tuple[float, float]:
-    """What decides between epochs, the greater the better: top-1, and of equal ones the loss; mIoU and accuracy."""
+    """What decides between epochs, the greater the better: top-1, and of equal ones the loss; mIoU and accuracy; AP of
+    boxes and AP50.
+    """
+    if "box_ap" in numbers:
+        return numbers["box_ap"], numbers["box_ap50"]
     if "miou" in numbers:
         return numbers["miou"], numbers["accuracy"]
     return numbers["top1"], -numbers["loss"]

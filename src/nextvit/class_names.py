@@ -28,6 +28,14 @@ def coco() -> tuple[str, ...]:
     return _lines("coco_labels.txt")
 
 
+def coco_ids(labels: tuple[str, ...]) -> tuple[int, ...]:
+    """Numbers of categories in COCO's results: its own, which have gaps, for its classes; for others from 1."""
+    if labels != coco():
+        return tuple(range(1, len(labels) + 1))
+    gaps = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
+    return tuple(number for number in range(1, 91) if number not in gaps)
+
+
 def of_task(task: str) -> tuple[str, ...]:
     """Those of the set that the published weights of a task were trained on."""
     return {"classify": imagenet, "segment": ade20k, "detect": coco}[task]()

@@ -42,10 +42,10 @@ Weights = Annotated[
 Output = Annotated[Path | None, typer.Option(help="Where to write.")]
 RECIPES = (
     "default, demo, distill, finetune, in1k_300e, in1k_300e_paper, in1k_384; demo_segment, finetune_segment, fpn_80k, "
-    "fpn_80k_paper, upernet_160k; or a YAML file"
+    "fpn_80k_paper, upernet_160k; demo_detect, finetune_detect, maskrcnn_1x, maskrcnn_3x_ms; or a YAML file"
 )
 RecipeName = Annotated[str, typer.Option(help=f"{RECIPES}.")]
-Task = Annotated[str | None, typer.Option(help="classify or segment; left out: the recipe's own.")]
+Task = Annotated[str | None, typer.Option(help="classify, segment or detect; left out: the recipe's own.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; left out: the runtime's own choice.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
@@ -88,10 +88,10 @@ def train(
     data: Annotated[
         str, typer.Argument(metavar="DATA", help="A folder with train/ and val/, or of classes; or `demo`.")
     ],
-    task: Annotated[str | None, typer.Option(help="classify or segment; left out: the recipe's own.")] = None,
+    task: Annotated[str | None, typer.Option(help="classify, segment or detect; left out: the recipe's own.")] = None,
     model: Annotated[str | None, typer.Option(help="The variant; left out: the recipe's own.")] = None,
     recipe: Annotated[
-        str | None, typer.Option(help=f"{RECIPES}. Left out: default, or finetune_segment for that task.")
+        str | None, typer.Option(help=f"{RECIPES}. Left out: default, finetune_segment or finetune_detect, by --task.")
     ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the images.")] = None,
     weights: Annotated[
@@ -164,7 +164,7 @@ def train(
             ) from error
         chosen, run = parse_recipe(text, str(resume / "recipe.yaml")), resume
     else:
-        name = recipe or ("finetune_segment" if task == "segment" else "default")
+        name = recipe or (f"finetune_{task}" if task in ("segment", "detect") else "default")
         chosen = of_task(read_recipe(name, override or [], values), task, name)
         if image_size is not None:
             chosen = with_image_size(chosen, image_size)
@@ -204,7 +204,7 @@ def train(
 def data_check(
     data: Annotated[str, typer.Argument(metavar="DATA", help="A folder as `train` takes it, or `demo`.")],
     task: Annotated[
-        str | None, typer.Option(help="classify or segment; left out: segment where there are masks, else classify.")
+        str | None, typer.Option(help="classify, segment or detect; left out: by what lies beside the images.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="FILE.html: the same as a page.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 2 if training would go wrong.")] = False,
@@ -257,6 +257,23 @@ def data_index(
 
     counts = write_index(data)
     _show({"index": data, "images": counts}, as_json, [*_counted(counts), f"next: nextvit train {data}"])
+
+
+@data_app.command(name="convert", epilog="Example: nextvit data convert VOCdevkit/VOC2012 --output voc")
+def data_convert(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="A folder of Pascal VOC's or YOLO's: images with boxes or polygons.")
+    ],
+    output: Annotated[Path, typer.Option(help="A new folder.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Lay images with objects out as COCO's, which is what detection takes."""
+    from nextvit.data.convert import convert
+
+    counts = convert(source, output)
+    told = [*_counted(counts), f"next: nextvit train {output} --task detect"]
+    _show({"output": str(output), "images": counts}, as_json, told)
 
 
 @data_app.command(name="get", epilog="Example: nextvit data get flowers102 --output flowers102")
@@ -314,7 +331,7 @@ def evaluate(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Top-1 and top-5 accuracy of a classifier, a checkpoint or an exported file; mIoU of a segmentation network."""
+    """Accuracy of a classifier, mIoU of a segmentation network, COCO's AP of a detector; of exported files alike."""
     from nextvit.data.loader import batches, eval_transform
     from nextvit.data.sets import default_eval_split, read_split
     from nextvit.devices import cpu_count
@@ -329,10 +346,14 @@ def evaluate(
     )
     only_masks = {"--scales": scales, "--flip": flip, "--window": window, "--boundary": boundary}
     only_labels = {"--image-size": image_size, "--crop": crop, "--real": real}
-    dense = session.metadata.task == "segment"
-    if misplaced := [flag for flag, value in (only_labels if dense else only_masks).items() if value]:
-        raise UserError(f"{misplaced[0]} has no meaning for the task {session.metadata.task!r}; leave it out.")
-    if dense:
+    task = session.metadata.task
+    others: list[dict[str, Any]] = [only_masks] * (task != "segment") + [only_labels] * (task != "classify")
+    if misplaced := [flag for flags in others for flag, value in flags.items() if value]:
+        raise UserError(f"{misplaced[0]} has no meaning for the task {task!r}; leave it out.")
+    if task == "detect":
+        _evaluate_objects(model, session, data, split, output, allow_bad, as_json)
+        return
+    if task == "segment":
         views = tuple(_numbers("--scales", scales)) if scales else (1.0,)
         _evaluate_masks(model, session, data, split, views, flip, window, boundary, output, allow_bad, as_json)
         return
@@ -371,13 +392,17 @@ def predict(
         Path | None, typer.Option(help="FILE.jsonl or FILE.csv; left out: JSON Lines on standard output.")
     ] = None,
     save_images: Annotated[
-        Path | None, typer.Option(help="Also write each image, with its label on it, or its classes, into this folder.")
+        Path | None,
+        typer.Option(help="Also write each image, with its label, classes or objects on it, into this folder."),
     ] = None,
     save_masks: Annotated[
         Path | None, typer.Option(help="Segmentation: also a PNG of the class of each pixel, into this folder.")
     ] = None,
     save_polygons: Annotated[
         Path | None, typer.Option(help="Segmentation: also each class's regions as GeoJSON, into this folder.")
+    ] = None,
+    save_coco: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Detection: also all objects as COCO's results.")
     ] = None,
     tile: Annotated[
         int | None,
@@ -397,7 +422,7 @@ def predict(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Label images: one row a file, in order, with the best labels and their scores, or why it could not be read."""
+    """Answer images: one row a file, in order, with labels, the classes of pixels or objects, or why there is none."""
     from nextvit.data.sources import expand
     from nextvit.extras import need
     from nextvit.progress import say, track
@@ -407,11 +432,13 @@ def predict(
         interrupted_rows,
         open_results,
         picture_name,
+        write_coco,
         write_mask,
         write_polygons,
     )
     from nextvit.runtime.open import open_session
     from nextvit.runtime.predictor import Predictor
+    from nextvit.tasks.detect import Detections
     from nextvit.tasks.segment import Segmentation
 
     files = expand(source)
@@ -419,9 +446,16 @@ def predict(
         model, weights=weights, device=device, threads=threads, precision=precision, hint=hint, trust=trust
     )
     predictor = Predictor(session)
-    only_masks = {"--save-masks": save_masks, "--save-polygons": save_polygons, "--tile": tile}
-    if predictor.task != "segment" and (misplaced := [flag for flag, value in only_masks.items() if value]):
-        raise UserError(f"{misplaced[0]} has no meaning for the task {predictor.task!r}; leave it out.")
+    predictor.insist_on_answers()
+    only = {"segment": {"--save-masks": save_masks, "--save-polygons": save_polygons, "--tile": tile}}
+    only |= {"detect": {"--save-coco": save_coco}}
+    given = [flag for task, flags in only.items() if task != predictor.task for flag, value in flags.items() if value]
+    if given:
+        raise UserError(f"{given[0]} has no meaning for the task {predictor.task!r}; leave it out.")
+    if save_coco is not None and resume:
+        raise UserError("--save-coco needs the objects of all files, so it does not go with --resume.")
+    if predictor.task == "detect":
+        need("faster_coco_eval.core.mask", extra="detect")  # now, not after the first image
     if save_polygons is not None:
         need("cv2", extra="segment")  # now, not after the first image
     _warn_of_random_weights(model, weights)
@@ -429,6 +463,7 @@ def predict(
     if done:
         say(f"going on after {done} of {len(files)} files.")
     rows: list[dict[str, Any]] = []
+    objects: list[tuple[Path, Detections]] = []
     collect = as_json and output is None
     with collecting(rows) if collect else open_results(output, go_on=done > 0) as write:
         answers = track(
@@ -445,10 +480,14 @@ def predict(
                 name = picture_name(number, file)
                 if save_images is not None:
                     draw(file, result, save_images / f"{name}.png")
+                if isinstance(result, Detections) and save_coco is not None:
+                    objects.append((file, result))
                 if isinstance(result, Segmentation) and save_masks is not None:
                     write_mask(result, save_masks / f"{name}.png")
                 if isinstance(result, Segmentation) and save_polygons is not None:
                     write_polygons(result, save_polygons / f"{name}.geojson")
+    if save_coco is not None:
+        write_coco(save_coco, objects)
     bad = len(files) - good
     if as_json:
         counts = {"files": len(files), "answered": good, "rejected": bad}
@@ -673,8 +712,8 @@ def _evaluate_masks(
     from nextvit.tasks.segment import View
 
     part = mask_split(data, split or default_eval_split(data, "segment"), session.metadata.labels or None)
-    if part.unpaired and not allow_bad:
-        raise UserError(f"{part.unpaired[0]} Mend it, or leave such out with --allow-bad.")
+    if part.faults and not allow_bad:
+        raise UserError(f"{part.faults[0]} Mend it, or leave such out with --allow-bad.")
     if len(part.labels) != session.metadata.num_classes:
         raise UserError(f"{data} has {len(part.labels)} classes, and {model} {session.metadata.num_classes}.")
     view, p = View(scales, flip, window), session.metadata.preprocess
@@ -685,6 +724,34 @@ def _evaluate_masks(
         write_mask_evaluation(result, output)
     told = {"model": model, "setup": vars(session.setup), "preprocess": vars(p), "view": vars(view)}
     _show({**told, **result.to_dict()}, as_json, mask_evaluation_lines(result, p, view, session.setup))
+
+
+def _evaluate_objects(
+    model: str, session: "Session", data: str, split: str | None, output: Path | None, allow_bad: bool, as_json: bool
+) -> None:
+    """`eval` of a detector."""
+    from nextvit.data.objects import object_split
+    from nextvit.data.sets import default_eval_split
+    from nextvit.errors import first_few
+    from nextvit.evaluate import evaluate_objects
+    from nextvit.report import object_evaluation_lines, write_object_evaluation
+    from nextvit.runtime.predictor import Predictor
+
+    predictor = Predictor(session)
+    part = object_split(data, split or default_eval_split(data, "detect"), session.metadata.labels or None)
+    if (wrong := part.faults + part.misshapen) and not allow_bad:
+        raise UserError(f"{len(wrong)} entries of {part.name} are none: {first_few(wrong)}. Mend them, or --allow-bad.")
+    if len(part.labels) != session.metadata.num_classes:
+        raise UserError(f"{data} has {len(part.labels)} classes, and {model} {session.metadata.num_classes}.")
+    predictor.insist_on_answers()
+    result = evaluate_objects(predictor.run, part, session.metadata)
+    if result.rejected and not allow_bad:
+        raise _not_all(result.rejected, len(part))
+    if output is not None:
+        write_object_evaluation(result, output)
+    p = session.metadata.preprocess
+    told = {"model": model, "setup": vars(session.setup), "preprocess": vars(p)}
+    _show({**told, **result.to_dict()}, as_json, object_evaluation_lines(result, p, session.setup))
 
 
 def _not_all(rejected: Sequence[tuple[int, str]], images: int) -> UserError:
@@ -726,6 +793,8 @@ def _counted(counts: dict[str, int]) -> list[str]:
 
 def _told(result: Any) -> str:
     m = result.metrics
+    if "box_ap" in result.numbers:
+        return f"{result.told} ({len(result.split) - len(result.rejected)} images)"
     if "miou" in result.numbers:
         return f"mIoU {m.miou:.2f} % ({len(result.split) - len(result.rejected)} images)"
     return f"top-1 {m.top1:.2f} % (standard error {m.standard_error:.2f}, {m.images} images)"

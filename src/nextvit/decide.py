@@ -34,6 +34,8 @@ def decided(recipe: Recipe, training: Split) -> Recipe:
         # The square-root rule, for Adam. From weights it is the rate of the head: earlier layers have lower ones.
         rate = RATE * math.sqrt(min(recipe.batch_size, len(training)) / RATE_BATCH)
         recipe = replace(recipe, optimizer=replace(recipe.optimizer, lr=float(f"{rate:.2g}")))
+    if recipe.task == "detect" and recipe.fixed_norms is None:  # those of random weights know nothing yet
+        recipe = replace(recipe, fixed_norms=recipe.weights != "none")
     return recipe
 
 

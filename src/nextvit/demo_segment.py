@@ -84,7 +84,7 @@ def background_alone(split: MaskSplit) -> PixelConfusion:
     """What the answer that nothing is there gets."""
     metrics = PixelConfusion(len(split.labels))
     for index in range(len(split)):
-        _, labels = split.both(index)
+        _, labels = split.labelled(index)
         metrics.update(np.zeros_like(labels), labels)
     return metrics
 
@@ -94,7 +94,7 @@ def write_samples(split: MaskSplit, predictor: Predictor, path: Path) -> None:
     pictures: list[Image.Image] = []
     captions: list[tuple[str, bool]] = []
     for index in np.linspace(0, len(split) - 1, SHOWN).astype(int).tolist():
-        image, labels = split.both(index)
+        image, labels = split.labelled(index)
         answer = predictor.segment(image)
         pictures += [image, Segmentation(labels, split.labels).image(), answer.image(), answer.overlay(image)]
         right = 100 * float((answer.classes == labels).mean())

@@ -13,11 +13,13 @@ from nextvit.heads.boxes import (
     ROI_MATCHING,
     RPN_MATCHING,
     STRIDES,
+    Sampling,
     encoded,
     mask_targets,
     matched,
     pooled,
     sampled,
+    some,
 )
 from nextvit.heads.fpn import FPN
 from nextvit.heads.mask_rcnn import (
@@ -43,7 +45,8 @@ class Detector(nn.Module):
     """(B, C, H, W), normalised -> of each image boxes, labels, scores and masks; given targets, the losses.
 
     backbone: gives four maps at strides 4, 8, 16, 32, of so many channels as `widths` says. Its BatchNorms keep their
-    statistics while the rest trains, as the authors had it, unless `fixed_norms` is set to False.
+    statistics while the rest trains, as the authors had it, unless `fixed_norms` is set to False; `sampling` tells how
+    many boxes the losses see.
     """
 
     def __init__(self, backbone: NextViT | TimmMaps, metadata: Metadata):
@@ -54,6 +57,7 @@ class Detector(nn.Module):
         self.rpn_head = RPNHead()
         self.roi_head = RoIHead(metadata.num_classes)
         self.fixed_norms = True
+        self.sampling = Sampling()
 
     def train(self, mode: bool = True) -> "Detector":
         super().train(mode)
@@ -83,7 +87,8 @@ class Detector(nn.Module):
             ]
         if targets is None:
             return self._detected(maps[:4], places, sizes)
-        losses = rpn_losses(scores, deltas, bases, [(x.shape[2], x.shape[3]) for x in maps], targets, sizes)
+        grids = [(x.shape[2], x.shape[3]) for x in maps]
+        losses = rpn_losses(scores, deltas, bases, grids, targets, sizes, self.sampling.anchors)
         return losses | self._roi_losses(maps[:4], places, targets)
 
     def _detected(
@@ -110,7 +115,7 @@ class Detector(nn.Module):
             own = torch.arange(len(target["boxes"]), device=boxes.device)
             match = torch.cat([own, matched(boxes, target["boxes"], ROI_MATCHING)])
             boxes = torch.cat([target["boxes"], boxes])
-            positive, negative = sampled(match, ROI_MATCHING)
+            positive, negative = sampled(match, ROI_MATCHING, self.sampling.boxes)
             chosen.append(boxes[torch.cat([positive, negative])])
             positives.append(boxes[positive])
             objects.append(match[positive])
@@ -119,27 +124,54 @@ class Detector(nn.Module):
         label = torch.cat(classes)
         logits, deltas = self.roi_head.bbox_head(pooled(maps, with_image(chosen), BOX_SIDE))
         logits, deltas = logits.float(), deltas.float()
-        some = (label < background).nonzero()[:, 0]
+        positive = (label < background).nonzero()[:, 0]
         wanted = torch.cat(
             [
                 encoded(boxes, target["boxes"][own], BOX_STDS)
                 for boxes, target, own in zip(positives, targets, objects, strict=True)
             ]
         )
-        losses = {
+        return {
             "loss_cls": F.cross_entropy(logits, label, reduction="sum") / max(len(label), 1),
-            "loss_bbox": (deltas[some, label[some]] - wanted).abs().sum() / max(len(label), 1),
+            "loss_bbox": (deltas[positive, label[positive]] - wanted).abs().sum() / max(len(label), 1),
+            "loss_mask": self._mask_loss(maps, positives, objects, targets),
         }
-        masks = self.roi_head.mask_head(pooled(maps, with_image(positives), MASK_SIDE)).float()
-        truth = torch.cat(
-            [
-                mask_targets(target["masks"], own, boxes, masks.shape[-1])
-                for boxes, target, own in zip(positives, targets, objects, strict=True)
-            ]
-        )
-        own_class = masks[torch.arange(len(some), device=some.device), label[some]]
+
+    def _mask_loss(
+        self,
+        maps: Sequence[Tensor],
+        positives: Sequence[Tensor],
+        objects: Sequence[Tensor],
+        targets: Sequence[Objects],
+    ) -> Tensor:
+        """Of the boxes that stand for an object, image by image, and of that object's mask within each."""
+        drawn = [some(torch.arange(len(boxes), device=boxes.device), self.sampling.masks) for boxes in positives]
+        boxes = [part[rows] for part, rows in zip(positives, drawn, strict=True)]
+        owners = [part[rows] for part, rows in zip(objects, drawn, strict=True)]
+        masks = self.roi_head.mask_head(pooled(maps, with_image(boxes), MASK_SIDE)).float()
+        triples = list(zip(targets, owners, boxes, strict=True))
+        truth = torch.cat([mask_targets(target["masks"], own, box, masks.shape[-1]) for target, own, box in triples])
+        label = torch.cat([target["labels"][own] for target, own, _ in triples])
+        own_class = masks[torch.arange(len(label), device=label.device), label]
         loss = F.binary_cross_entropy_with_logits(own_class, truth, reduction="sum")
-        return losses | {"loss_mask": loss / max(truth.numel(), 1)}
+        return loss / max(truth.numel(), 1)
+
+
+class Padded(nn.Module):
+    """A detector as it is asked: images without padding, which is added here and cut off the boxes again.
+
+    (B, C, H, W), all of one size, normalised -> one dict an image.
+    """
+
+    def __init__(self, network: Detector):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> list[dict[str, Tensor]]:
+        height, width = images.shape[2:]
+        padded = F.pad(images, (0, -width % PAD, 0, -height % PAD))
+        found: list[dict[str, Tensor]] = self.network(padded, sizes=[(height, width)] * len(images))
+        return found
 
 
 def rpn_losses(
@@ -149,25 +181,26 @@ def rpn_losses(
     grids: Sequence[Size],
     targets: Sequence[Objects],
     sizes: Sequence[Size],
+    count: int,
 ) -> dict[str, Tensor]:
-    """Of the proposals' scores and boxes: on anchors sampled of each image, over all levels together."""
+    """Of the proposals' scores and boxes: on `count` anchors sampled of each image, over all levels together."""
     score, delta = (torch.cat(list(parts), dim=1).float() for parts in (scores, deltas))
     base = torch.cat(list(bases))
-    count = score.new_zeros(())
+    seen_in_all = score.new_zeros(())
     total = {"loss_rpn_cls": score.new_zeros(()), "loss_rpn_bbox": score.new_zeros(())}
     for i, (target, size) in enumerate(zip(targets, sizes, strict=True)):
         inside = torch.cat([_within(grid, stride, size, base) for grid, stride in zip(grids, STRIDES, strict=True)])
         match = torch.full((len(base),), -2, device=base.device)
         match[inside] = matched(base[inside], target["boxes"], RPN_MATCHING)
-        positive, negative = sampled(match, RPN_MATCHING)
+        positive, negative = sampled(match, RPN_MATCHING, count)
         seen = torch.cat([positive, negative])
         truth = torch.cat([torch.ones_like(positive), torch.zeros_like(negative)]).float()
         own = match[positive]
         wanted = encoded(base[positive], target["boxes"][own], RPN_STDS)
         total["loss_rpn_cls"] += F.binary_cross_entropy_with_logits(score[i, seen], truth, reduction="sum")
         total["loss_rpn_bbox"] += (delta[i, positive] - wanted).abs().sum()
-        count += max(len(positive), 1) + max(len(negative), 1)
-    return {name: loss / count for name, loss in total.items()}
+        seen_in_all += max(len(positive), 1) + max(len(negative), 1)
+    return {name: loss / seen_in_all for name, loss in total.items()}
 
 
 def _within(grid: Size, stride: int, size: Size, like: Tensor) -> Tensor:

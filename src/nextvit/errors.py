@@ -2,7 +2,9 @@
 
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+TOLD = 5  # offenders that a message names
 
 
 class UserError(ValueError):
@@ -78,3 +80,9 @@ def short_of_memory(error: BaseException) -> bool:
     """Whether an error is about memory that could not be had, whichever library says it."""
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool(names & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)
+
+
+def first_few(told: Sequence[str]) -> str:
+    """Phrases on what was wrong as one, and how many more there are."""
+    more = f"; and {len(told) - TOLD} more" if len(told) > TOLD else ""
+    return "; ".join(phrase.rstrip(".") for phrase in told[:TOLD]) + more

@@ -5,22 +5,26 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from nextvit import class_names
+from nextvit.average_precision import AveragePrecision
 from nextvit.data.images import ImageRejected
 from nextvit.data.loader import Batch
 from nextvit.data.masks import MaskSplit
+from nextvit.data.objects import Objects, ObjectSplit
 from nextvit.data.split import Split
 from nextvit.errors import UserError
 from nextvit.metadata import Metadata
 from nextvit.metrics import PixelConfusion, TopK
 from nextvit.processes import ALONE, Processes
 from nextvit.progress import track
+from nextvit.tasks.detect import detect
 from nextvit.tasks.segment import ONCE, View, class_map
 
-Run = Callable[[np.ndarray], np.ndarray]  # float32 (B, 3, H, W), normalised -> the outputs of the task
+Run = Callable[[np.ndarray], Any]  # float32 (B, 3, H, W), normalised -> the outputs of the task
 OFFICIAL_CROP = 0.875  # 256 to 224, 438 to 384: what the authors' figures were measured with
 TIMM_CROPS = {384: 1.0}  # timm's own for the same weights; at other sizes TIMM_CROP
 TIMM_CROP = 0.95
@@ -148,7 +152,7 @@ def evaluate_masks(
     mine = range(processes.rank, len(split), processes.count)
     for index in track(mine, total=len(mine), label=label, unit="images"):
         try:
-            image, labels = split.both(index)
+            image, labels = split.labelled(index)
         except ImageRejected as error:
             rejected.append((index, str(error)))
             continue
@@ -158,6 +162,87 @@ def evaluate_masks(
     if len(rejected) == len(split):
         raise UserError(f"none of the {len(split)} images of {split.name} can be used: {rejected[0][1]}")
     return MaskEvaluation(split, metrics, tuple(rejected))
+
+
+@dataclass(frozen=True)
+class ObjectEvaluation:
+    """The same of detection."""
+
+    split: ObjectSplit
+    metrics: AveragePrecision
+    rejected: tuple[tuple[int, str], ...]
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """In percent; 0 where no object counts."""
+        told = ("ap", "ap50", "ap75")
+        return {
+            f"{kind}_{name}": getattr(scores, name) or 0.0
+            for kind, scores in self.metrics.scores.items()
+            for name in told
+        }
+
+    @property
+    def told(self) -> str:
+        parts = (f"{kind} AP {s.ap or 0:.1f}, AP50 {s.ap50 or 0:.1f}" for kind, s in self.metrics.scores.items())
+        return "; ".join(parts)
+
+    def to_dict(self) -> dict[str, object]:
+        rounded: dict[str, object] = {}
+        for kind, scores in self.metrics.scores.items():
+            values = vars(scores) | {"per_class": dict(zip(self.split.labels, scores.per_class, strict=True))}
+            values.pop("precision50")
+            rounded[kind] = {k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}
+        return {
+            "split": self.split.name,
+            **rounded,
+            "images": len(self.split) - len(self.rejected),
+            "objects": len(self.metrics.truth),
+            "detections": len(self.metrics.found),
+            "rejected": [why for _, why in self.rejected],
+        }
+
+
+AnyEvaluation = Evaluation | MaskEvaluation | ObjectEvaluation
+
+
+def evaluate_objects(
+    run: Run, split: ObjectSplit, m: Metadata, *, label: str = "evaluate", processes: Processes = ALONE
+) -> ObjectEvaluation:
+    """COCO's metrics over all images, over all processes. UserError where none could be read.
+
+    run: takes images of any size, one at a time. Of the images themselves one is held at a time.
+    """
+    metrics = AveragePrecision(split.category_ids, masks=split.masked)
+    rejected: list[tuple[int, str]] = []
+    mine = range(processes.rank, len(split), processes.count)
+    for index in track(mine, total=len(mine), label=label, unit="images"):
+        try:
+            image, objects = split.labelled(index)
+        except ImageRejected as error:
+            rejected.append((index, str(error)))
+            continue
+        found = detect(run, image, m, split.labels).as_coco(split.category_ids)
+        metrics.update(split.image_ids[index], split.sizes[index], _as_coco(objects, split, index), found)
+    metrics.merge(processes.gather)
+    rejected = [found for part in processes.gather(rejected) for found in part]
+    if len(rejected) == len(split):
+        raise UserError(f"none of the {len(split)} images of {split.name} can be used: {rejected[0][1]}")
+    return ObjectEvaluation(split, metrics, tuple(rejected))
+
+
+def _as_coco(objects: Objects, split: ObjectSplit, index: int) -> list[dict[str, Any]]:
+    """Entries of an image's objects, less the image."""
+    a = split.annotations
+    areas = a.areas[a.first[index] : a.first[index + 1]]
+    rows = []
+    for box, number, crowd, area, runs in zip(
+        objects.boxes.astype(float), objects.labels, objects.crowd, areas, objects.runs, strict=True
+    ):
+        x1, y1, x2, y2 = box.tolist()
+        place = {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": float(area), "iscrowd": int(crowd)}
+        rows.append({"category_id": split.category_ids[number], **place, "segmentation": runs})
+    return rows
 
 
 def prepared_for(metadata: Metadata, image_size: int | None, crop: str | None) -> Metadata:

@@ -28,6 +28,7 @@ class Format:
     open_from: int = 32  # sides, in pixels, that can be left open; a smaller size is fixed
     needs: tuple[str, ...] = ()  # modules of the extra without which nothing can be written
     program: bool = False  # opening the file runs it (see `trust`)
+    detects: bool = False  # a whole detector; else backbone and feature pyramid of one
     elsewhere: str = ""  # why nextvit does not open its files; {path}: the file
 
     def check(self, precision: str, preprocess: bool) -> None:
@@ -49,8 +50,17 @@ class Format:
 BOTH = Free(batch=True, sides=True)
 ONNX = ("onnx", "onnxscript", "onnxslim")  # the libraries that make an ONNX graph
 FORMATS = (
-    Format("onnx", ".onnx", "onnx", ("fp32", "fp16", "int8"), BOTH, BOTH, needs=(*ONNX, "onnxruntime")),
-    Format("openvino", ".xml", "openvino", ("fp32", "fp16", "bf16", "int8"), BOTH, BOTH, needs=(*ONNX, "openvino")),
+    Format("onnx", ".onnx", "onnx", ("fp32", "fp16", "int8"), BOTH, BOTH, needs=(*ONNX, "onnxruntime"), detects=True),
+    Format(
+        "openvino",
+        ".xml",
+        "openvino",
+        ("fp32", "fp16", "bf16", "int8"),
+        BOTH,
+        BOTH,
+        needs=(*ONNX, "openvino"),
+        detects=True,
+    ),
     Format(
         "coreml",
         ".mlpackage",
@@ -89,7 +99,7 @@ FORMATS = (
         open_from=64,
         needs=("executorch.exir",),
     ),
-    Format("torch", ".pt2", "", ("fp32", "bf16"), BOTH, BOTH, open_from=64, program=True),
+    Format("torch", ".pt2", "", ("fp32", "bf16"), BOTH, BOTH, open_from=64, program=True, detects=True),
     Format("aotinductor", ".aoti.pt2", "", ("fp32", "bf16"), BOTH, BOTH, open_from=64, program=True),
 )
 RUN = tuple(fmt.name for fmt in FORMATS if not fmt.elsewhere)

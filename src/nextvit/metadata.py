@@ -77,7 +77,8 @@ class Metadata:
     kv_pooling: KvPooling = "sequence"
     takes_pixels: bool = False  # the file prepares images itself: uint8 (B, H, W, 3) of any size
     gives_classes: bool = False  # segmentation: the file gives the class of each pixel of its input, int32 (B, H, W)
-    fixed_sides: bool = False  # segmentation: it takes inputs of image_size x image_size alone
+    gives_maps: bool = False  # detection: the file is backbone and feature pyramid alone, and gives its five maps
+    fixed_sides: bool = False  # of a dense task: it takes inputs of image_size x image_size alone
     precision: str = "fp32"  # that the file is made for: "fp32", "fp16", "bf16" or "int8"
     version: str = ""  # of nextvit, when the file was written
     recipe: str = ""  # SHA-256 of the training recipe; empty: not trained here
@@ -89,6 +90,15 @@ class Metadata:
         p = self.preprocess
         long = p.long_side if p.long_side is None else round(p.long_side * size / p.image_size)
         return replace(self, preprocess=replace(p, image_size=size, long_side=long))
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of what an exported file gives, in order."""
+        if self.gives_maps:
+            return ("p2", "p3", "p4", "p5", "p6")
+        if self.task == "detect":
+            return ("boxes", "labels", "scores", "masks")
+        return ("classes",) if self.gives_classes else ("logits",)
 
     def input_shape(self, batch: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Of what the file takes."""
@@ -120,8 +130,13 @@ class Metadata:
                 raise ValueError(f"{counts[0]!r} classes, {counts[1]!r} input channels")
             if record.precision not in PRECISIONS or record.head not in HEADS.get(record.task, ()):
                 raise ValueError(f"task {record.task!r}, head {record.head!r}, precision {record.precision!r}")
-            if (record.gives_classes or record.fixed_sides) and record.task != "segment":
-                raise ValueError(f"a class of each pixel for the task {record.task!r}")
+            for given, tasks in (
+                (record.gives_classes, ("segment",)),
+                (record.gives_maps, ("detect",)),
+                (record.fixed_sides, ("segment", "detect")),
+            ):
+                if given not in (False, True) or (given and record.task not in tasks):
+                    raise ValueError(f"what is of {' and '.join(tasks)} for the task {record.task!r}")
             if not isinstance(record.takes_pixels, bool) or (record.takes_pixels and record.in_channels != 3):
                 raise ValueError(f"takes_pixels {record.takes_pixels!r} of {record.in_channels} channels")
             if record.labels and len(record.labels) != record.num_classes:

@@ -14,6 +14,7 @@ from nextvit.data.seeds import generator
 from nextvit.data.split import UNLABELLED, Split
 from nextvit.dense_augmentation import as_input
 from nextvit.recipe import Distillation, Images, Mixing, Recipe
+from nextvit.scene_augmentation import as_scenes
 from nextvit.teachers import open_teacher
 
 Forward = Callable[..., Any]  # the network, in the precision of the run
@@ -133,4 +134,18 @@ class PixelObjective:
 
     def __call__(self, forward: Forward, batch: Batch, moment: Moment) -> Tensor:
         losses: dict[str, Tensor] = forward(*as_input(batch.images, self.normalise))
+        return torch.stack([*losses.values()]).sum()
+
+
+# ---- detection -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ObjectObjective:
+    """Of a detector, which knows its losses itself."""
+
+    normalise: Normalise
+
+    def __call__(self, forward: Forward, batch: Batch, moment: Moment) -> Tensor:
+        losses: dict[str, Tensor] = forward(*as_scenes(batch.images, self.normalise))
         return torch.stack([*losses.values()]).sum()

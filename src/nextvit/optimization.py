@@ -83,6 +83,8 @@ def learning_rate(done: float, epochs: int, recipe: Recipe) -> float:
         return start + (peak - start) * done / warmup
     if s.kind == "constant":  # 2. the peak,
         return peak
+    if s.kind == "steps":  # a tenth of it after each fall,
+        return peak * 0.1 ** sum(done >= fall for fall in s.falls)
     least = min(s.min_lr, peak)  # 3. or a cosine to the minimum; the released one does not wait for the warm-up
     past, whole = (done, epochs) if released else (done - warmup, epochs - warmup)
     return least + 0.5 * (peak - least) * (1 + math.cos(math.pi * past / whole))

@@ -37,7 +37,7 @@ def curves(history: Sequence[dict[str, float]], kept: int, score: str, name: str
     for column, colour, label in (("train_loss", ORANGE, "train, as trained"), ("val_loss", BLUE, "val")):
         if column in history[0]:
             left.plot(epochs, [row[column] for row in history], color=colour, marker="o", ms=3, label=label)
-    left.set(xlabel="epoch", ylabel="cross entropy (nats)")
+    left.set(xlabel="epoch", ylabel="loss")
     left.set_ylim(bottom=0)
     left.legend(frameon=False)
     right.plot(epochs, [row[score] for row in history], color=BLUE, marker="o", ms=3)
@@ -67,6 +67,18 @@ def confusion(matrix: np.ndarray, labels: Sequence[str], title: str, path: Path)
                     x, y, f"{share:.0f}", ha="center", va="center", color="white" if share > 55 else "black", size=8
                 )
     figure.colorbar(image, ax=axes, label="% of the class", shrink=0.8)
+    _save(figure, path)
+
+
+def precision(rows: Sequence[Mapping[str, float]], title: str, path: Path) -> None:
+    """Precision at each recall, at an overlap of a half; a line a kind of object (box, mask)."""
+    figure = _figure(5, 3.6)
+    axes = figure.subplots()
+    for kind, colour in zip([key for key in rows[0] if key != "recall"], (BLUE, ORANGE), strict=False):
+        axes.plot([100 * row["recall"] for row in rows], [row[kind] for row in rows], color=colour, label=kind)
+    axes.set(xlabel="recall (%)", ylabel="precision (%)", title=f"{title}: IoU 0.5", xlim=(0, 100), ylim=(0, 102))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
     _save(figure, path)
 
 

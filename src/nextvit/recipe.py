@@ -13,12 +13,14 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from nextvit.errors import UserError
+from nextvit.metadata import HEADS
 
 STRICT = ConfigDict(extra="forbid")
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Side = Annotated[int, Field(ge=32)]  # pixels
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -48,7 +50,7 @@ class Optimizer:
 class Schedule:
     """The rate over a run: a linear warm-up to the peak, and what `kind` says after it."""
 
-    kind: Literal["cosine", "cosine_released", "poly", "constant"] = "cosine"
+    kind: Literal["cosine", "cosine_released", "poly", "steps", "constant"] = "cosine"
     epochs: Count | None = 30  # None: chosen from the number of training images
     steps_per_epoch: Count | None = (
         None  # between two validations, over images that are shuffled again when all were seen; None: all images once
@@ -57,6 +59,7 @@ class Schedule:
     warmup_lr: NotNegative = 1e-5  # where the warm-up starts
     min_lr: NotNegative = 1e-5  # where a cosine or a polynomial ends
     power: Positive = 0.9  # of a polynomial
+    falls: tuple[Count, ...] = ()  # of steps: after so many epochs the rate becomes a tenth
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -96,6 +99,35 @@ class Crops:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Scenes:
+    """Detection: what is drawn for an image and its objects in training; evaluation has the largest short side."""
+
+    short_sides: Annotated[tuple[Side, ...], Field(min_length=1)] = (800,)  # pixels; an image has one of them,
+    long_side: Side = 1333  # or a smaller one where its other side would be longer
+    cut: Share = 0.0  # probability that it is first resized to one of `cut_short_sides` and cut at random,
+    cut_short_sides: Annotated[tuple[Side, ...], Field(min_length=1)] = (400, 500, 600)
+    cut_sides: tuple[Side, Side] = (384, 600)  # to height and width drawn from these
+    flip: Share = 0.5  # probability
+    copy_paste: Share = 0.0  # probability that some objects of another image are laid over it
+    negatives: bool = False  # images without an object are seen, too
+
+    def __post_init__(self) -> None:
+        if max(self.short_sides) > self.long_side:
+            raise ValueError("no short side is longer than the long one")
+        if self.cut_sides[0] > self.cut_sides[1]:
+            raise ValueError("cut_sides go from the smaller to the larger number")
+
+
+@dataclass(frozen=True, config=STRICT)
+class Sampling:
+    """Detection: how many boxes of an image the losses see; the authors' numbers. Masks cost most of a step."""
+
+    anchors: Count = 256
+    boxes: Count = 512
+    masks: Count = 128  # of the boxes that stand for an object
+
+
+@dataclass(frozen=True, config=STRICT)
 class Mixing:
     """Classification: Mixup and CutMix: a batch and the same batch reversed become one, images and targets alike."""
 
@@ -123,8 +155,8 @@ class Distillation:
 class Recipe:
     """All of a run. `runs/NAME/recipe.yaml` holds it whole."""
 
-    task: Literal["classify", "segment"] = "classify"
-    head: Literal["fpn", "upernet"] | None = None  # of segmentation; None: fpn
+    task: Literal["classify", "segment", "detect"] = "classify"
+    head: Literal["fpn", "upernet", "mask_rcnn"] | None = None  # of a dense task; None: fpn, mask_rcnn
     model: str | None = "nextvit_nano"  # None: that of the weights; see `run` for when there are none
     weights: str | None = None  # a file, a published tag, "none"; None: published ones where the variant has them
     batch_size: Count = 16  # images a step, over all processes
@@ -133,6 +165,8 @@ class Recipe:
     schedule: Schedule = Field(default_factory=Schedule)
     images: Images = Field(default_factory=Images)
     crops: Crops = Field(default_factory=Crops)
+    scenes: Scenes = Field(default_factory=Scenes)
+    sampling: Sampling = Field(default_factory=Sampling)
     mixing: Mixing = Field(default_factory=Mixing)
     distillation: Distillation = Field(default_factory=Distillation)
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1  # classification
@@ -142,25 +176,37 @@ class Recipe:
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay a step of a running mean of the weights; None: none
     patience: Count | None = None  # epochs without a better one after which the run ends; None: it never does
     sync_batchnorm: bool = False  # with several processes: statistics over all of them
+    fixed_norms: bool | None = None  # detection: BatchNorms keep their statistics; None: if it starts from weights
     seed: Annotated[int, Field(ge=0)] = 0
 
     def __post_init__(self) -> None:
-        of_classification = {
-            "images": Images(),
-            "mixing": Mixing(),
-            "distillation": Distillation(),
-            "label_smoothing": Recipe.label_smoothing,
-            "class_weights": Recipe.class_weights,
+        own: dict[str, dict[str, Any]] = {
+            "classify": {
+                "images": Images(),
+                "mixing": Mixing(),
+                "distillation": Distillation(),
+                "label_smoothing": Recipe.label_smoothing,
+                "class_weights": Recipe.class_weights,
+            },
+            "segment": {"crops": Crops()},
+            "detect": {"scenes": Scenes(), "sampling": Sampling(), "fixed_norms": None},
         }
-        unread = of_classification if self.task == "segment" else {"crops": Crops(), "head": Recipe.head}
+        unread = {key: default for task, keys in own.items() if task != self.task for key, default in keys.items()}
+        if self.task == "classify":
+            unread["head"] = None
         for key, default in unread.items():
             if getattr(self, key) != default:
                 raise ValueError(f"{key} is not for the task {self.task}; leave it as it is")
+        if self.head is not None and self.head not in HEADS[self.task]:
+            raise ValueError(
+                f"head {self.head} is not for the task {self.task}; it has {' and '.join(HEADS[self.task])}"
+            )
 
     @property
     def side(self) -> int:
         """Of a training sample, pixels."""
-        return self.crops.size if self.task == "segment" else self.images.size
+        sides = {"classify": self.images.size, "segment": self.crops.size, "detect": max(self.scenes.short_sides)}
+        return sides[self.task]
 
     @property
     def variant(self) -> str:
@@ -201,12 +247,21 @@ def of_task(recipe: Recipe, task: str | None, source: str) -> Recipe:
 
 
 def with_image_size(recipe: Recipe, size: int) -> Recipe:
-    """For training samples of so many pixels a side; of segmentation, the sides that images fit into go with it."""
+    """For training samples of so many pixels a side; of dense tasks, the sides that images fit into go with it."""
     if recipe.task == "classify":
         return override(recipe, [f"images.size={size}"])
-    short = round(recipe.crops.short_side * size / recipe.crops.size)
-    long = round(recipe.crops.long_side * size / recipe.crops.size)
-    return override(recipe, [f"crops.size={size}", f"crops.short_side={short}", f"crops.long_side={long}"])
+    factor = size / recipe.side
+
+    def scaled(sides: Sequence[int]) -> list[int]:
+        return [max(32, round(side * factor)) for side in sides]
+
+    if recipe.task == "segment":
+        short, long = scaled((recipe.crops.short_side, recipe.crops.long_side))
+        return override(recipe, [f"crops.size={size}", f"crops.short_side={short}", f"crops.long_side={long}"])
+    s = recipe.scenes
+    values = {"short_sides": scaled(s.short_sides), "long_side": scaled([s.long_side])[0]}
+    values |= {"cut_short_sides": scaled(s.cut_short_sides), "cut_sides": scaled(s.cut_sides)}
+    return override(recipe, [f"scenes.{key}={value}" for key, value in values.items()])
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

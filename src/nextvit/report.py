@@ -3,6 +3,8 @@
 import base64
 import csv
 import html
+import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,8 +18,9 @@ from nextvit.checkpoints import kept_epoch
 from nextvit.data.check import LISTED, Checked
 from nextvit.data.images import printable
 from nextvit.describe import table
-from nextvit.evaluate import Evaluation, MaskEvaluation
+from nextvit.evaluate import AnyEvaluation, Evaluation, MaskEvaluation, ObjectEvaluation
 from nextvit.exporters.export import ExportReport
+from nextvit.exporters.object_parity import ObjectParity
 from nextvit.exporters.parity import Parity
 from nextvit.files import write_rows, write_text
 from nextvit.metadata import Preprocess
@@ -30,20 +33,28 @@ if TYPE_CHECKING:  # they need the libraries that training needs
     from nextvit.recipe import Recipe
 
 SHOWN = 5  # examples of a finding on a terminal
+SCORES = {  # that a run is judged by
+    Evaluation: ("top1", "val top-1 (%)"),
+    MaskEvaluation: ("miou", "val mIoU (%)"),
+    ObjectEvaluation: ("box_ap", "val box AP (%)"),
+}
 
 
-def write_run_plots(run: Path, result: Evaluation | MaskEvaluation) -> None:
-    """plots/: learning curves (their numbers are metrics.csv), and the confusion matrix on `val` with its CSV."""
+def write_run_plots(run: Path, result: AnyEvaluation) -> None:
+    """plots/: learning curves (their numbers are metrics.csv), and on `val` the confusion matrix, or of detection the
+    precision, with its CSV.
+    """
     title = f"best checkpoint on {result.split.name}"
     with open(run / "metrics.csv", encoding="utf-8", newline="") as file:
         history = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
-    dense = isinstance(result, MaskEvaluation)
-    score, name = ("miou", "val mIoU (%)") if dense else ("top1", "val top-1 (%)")
+    score, name = SCORES[type(result)]
     images = len(result.split) - len(result.rejected)
     kept = kept_epoch([max(row[f"val_{score}"], row.get(f"ema_{score}", 0.0)) for row in history], images)
     plots.curves(history, kept, f"val_{score}", name, run / "plots" / "curves.png")
     if isinstance(result, MaskEvaluation):
         write_mask_evaluation(result, run / "plots", title)
+    elif isinstance(result, ObjectEvaluation):
+        write_object_evaluation(result, run / "plots", title)
     else:
         write_confusion(result, run / "plots" / "confusion.png", title)
 
@@ -75,6 +86,56 @@ def write_mask_evaluation(result: MaskEvaluation, folder: Path, title: str = "pi
         [
             {"class": printable(label), "pixels": int(t), "answered": int(a), "iou": "" if i is None else round(i, 4)}
             for label, t, a, i in zip(result.split.labels, pixels, answers, m.ious, strict=True)
+        ],
+    )
+
+
+def object_evaluation_lines(result: ObjectEvaluation, p: Preprocess, setup: Setup) -> list[str]:
+    """What an evaluation of detection came to, for a terminal."""
+    lines = table(score_rows(result))
+    box = result.metrics.scores["box"]
+    worst = sorted((ap, label) for ap, label in zip(box.per_class, result.split.labels, strict=True) if ap is not None)
+    if len(worst) > 1:
+        lines.append("least box AP: " + ", ".join(f"{printable(label)} {ap:.1f} %" for ap, label in worst[:3]))
+    if not result.metrics.masks:
+        lines.append("the objects have no masks, so there is no AP of masks")
+    return [
+        *lines,
+        f"{len(result.split) - len(result.rejected)} images of {result.split.name} with {len(result.metrics.truth)} "
+        f"objects, {len(result.rejected)} left out; resized to fit {p.long_side} x {p.image_size}; {setup.runtime}, "
+        f"{setup.device}, {setup.precision}",
+    ]
+
+
+def score_rows(result: ObjectEvaluation) -> list[dict[str, object]]:
+    """COCO's twelve numbers, of boxes and of masks; "-" where no object counts."""
+    names = {"ap": "AP", "ap50": "AP50", "ap75": "AP75", "ap_small": "small", "ap_medium": "medium"}
+    names |= {"ap_large": "large", "ar1": "AR1", "ar10": "AR10", "ar100": "AR100"}
+    rows: list[dict[str, object]] = []
+    for kind, scores in result.metrics.scores.items():
+        cells = {shown: getattr(scores, name) for name, shown in names.items()}
+        rows.append({"of": kind, **{k: "-" if v is None else f"{v:.2f}" for k, v in cells.items()}})
+    return rows
+
+
+def write_object_evaluation(result: ObjectEvaluation, folder: Path, title: str = "detections") -> None:
+    """precision.png and .csv, classes.csv, and detections.json as COCO's results."""
+    scores = result.metrics.scores
+    rows = [
+        {"recall": recall / 100, **{kind: round(s.precision50[recall], 4) for kind, s in scores.items()}}
+        for recall in range(101)
+    ]
+    write_rows(folder / "precision.csv", rows)
+    plots.precision(rows, title, folder / "precision.png")
+    write_text(folder / "detections.json", json.dumps(result.metrics.found))
+    columns = [scores[kind].per_class for kind in scores]
+    counts = Counter(entry["category_id"] for entry in result.metrics.truth)
+    write_rows(
+        folder / "classes.csv",
+        [
+            {"class": printable(label), "objects": counts[number]}
+            | {f"{kind}_ap": "" if ap is None else round(ap, 4) for kind, ap in zip(scores, aps, strict=True)}
+            for label, number, *aps in zip(result.split.labels, result.split.category_ids, *columns, strict=True)
         ],
     )
 
@@ -281,7 +342,11 @@ def write_latency(rows: Sequence[Row], path: Path) -> None:
 def export_lines(report: ExportReport) -> list[str]:
     """What an export came to, for a terminal."""
     head = f"{report.path} ({report.bytes / 1e6:.1f} MB, {report.seconds:.0f} s)"
-    lines = [head] if report.parity is None else _parity_lines(head, report.parity)
+    lines = [head]
+    if isinstance(report.parity, ObjectParity):
+        lines = _object_parity_lines(head, report.parity)
+    elif report.parity is not None:
+        lines = _parity_lines(head, report.parity)
     if report.stages:
         rows = [
             {
@@ -342,6 +407,33 @@ def _parity_lines(head: str, p: Parity) -> list[str]:
     ]
     if not p.live:
         lines.append("  note: the outputs hardly depend on the image (random weights?), so the agreement says little.")
+    return lines
+
+
+def _object_parity_lines(head: str, p: ObjectParity) -> list[str]:
+    rows = [
+        {
+            "input": f"1 x {row.height} x {row.width}",
+            "images": row.images,
+            "objects of the model": row.detections,
+            "of the file": row.found,
+            "the same": row.matched,
+            "corners, pixels": f"{row.max_box:.1e}",
+            "scores": f"{row.max_score:.1e}",
+            "masks": f"{row.max_mask:.1e}",
+        }
+        for row in p.rows
+    ]
+    b = p.bound
+    held = f"; the same: overlap above {b.overlap:g}, scores within {b.score:g}; needed {b.agreement:g} %" if b else ""
+    lines = [
+        f"{head}, run by {p.setup.runtime} on {p.setup.device} in {p.setup.precision}, beside the model in fp32 on "
+        "images that ship here:",
+        *(f"  {line}" for line in table(rows)),
+        f"  {p.agreement:.2f} % of the objects are the same{held}",
+    ]
+    if not p.live:
+        lines.append("  note: there are hardly any objects on them, or all have one score, so that says little.")
     return lines
 
 

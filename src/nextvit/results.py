@@ -13,12 +13,14 @@ from typing import Any, TextIO
 
 from PIL import Image, ImageDraw, ImageFont
 
+from nextvit import class_names
 from nextvit.data.images import MAX_TILED_PIXELS, printable, read_image
 from nextvit.errors import UserError
 from nextvit.files import replacing, write_text
 from nextvit.progress import say
 from nextvit.runtime.predictor import Result
 from nextvit.tasks.classify import Classification
+from nextvit.tasks.detect import Detections
 from nextvit.tasks.segment import Segmentation, palette
 
 Answer = Result | str  # a result, or why there is none
@@ -119,9 +121,13 @@ def _csv(stream: TextIO, *, header: bool) -> Write:
 
 
 def _first(answer: Result) -> tuple[str, float]:
-    """The first label and its probability; of segmentation the largest class and its share of the pixels."""
+    """The first label and its probability; of segmentation the largest class and its share of the pixels; of detection
+    the surest object, if there is one.
+    """
     if isinstance(answer, Classification):
         return answer.labels[0], answer.scores[0]
+    if isinstance(answer, Detections):
+        return (answer.labels[answer.classes[0]], float(answer.scores[0])) if len(answer) else ("", 0.0)
     largest = answer.present[0]
     return answer.labels[largest], int(answer.pixels[largest]) / answer.classes.size
 
@@ -142,13 +148,33 @@ def write_mask(answer: Segmentation, path: Path) -> None:
         answer.image().save(unfinished, format="PNG")
 
 
+def write_coco(path: Path, found: Sequence[tuple[Path, Detections]]) -> None:
+    """COCO's results: image_id is the number that each file is named for, or else its place among the files, from 1.
+
+    Categories are COCO's own where the labels are, else numbered from 1.
+    """
+    numbers = [int(file.stem) if file.stem.isdecimal() else None for file, _ in found]
+    named = None not in numbers and len(set(numbers)) == len(numbers)
+    rows = []
+    for place, ((file, answer), number) in enumerate(zip(found, numbers, strict=True), 1):
+        identity = {"image_id": number if named else place, "file_name": printable(file.name)}
+        rows += [identity | row for row in answer.as_coco(class_names.coco_ids(answer.labels))]
+    write_text(path, json.dumps(rows))
+
+
 def write_polygons(answer: Segmentation, path: Path) -> None:
     """The regions of each class as GeoJSON has them, in pixels."""
     write_text(path, json.dumps(answer.polygons()))
 
 
 def draw(file: Path, answer: Result, path: Path) -> None:
-    """Write a copy of the image with its first label and score below it, or with its classes over it, as PNG."""
+    """Write a copy of the image with its first label and score below it, or with its classes or objects over it, as
+    PNG.
+    """
+    if isinstance(answer, Detections):
+        with replacing(path) as unfinished:
+            answer.drawn(read_image(file)).save(unfinished, format="PNG")
+        return
     if isinstance(answer, Segmentation):
         _draw_classes(file, answer, path)
         return

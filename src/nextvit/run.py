@@ -21,9 +21,11 @@ from nextvit.data.loader import loaders
 from nextvit.data.sets import read_split
 from nextvit.data.split import Split, with_unlabelled
 from nextvit.decide import decided
+from nextvit.detector import Detector
 from nextvit.devices import pick_device, pick_precision, set_threads
 from nextvit.errors import UserError
 from nextvit.files import sweep, write_text
+from nextvit.heads.boxes import Sampling
 from nextvit.learning import LEARNING, Learning
 from nextvit.metadata import Metadata
 from nextvit.networks import Network
@@ -101,8 +103,8 @@ class Run:
 
     @property
     def pass_steps(self) -> int:
-        """That see all images once; the last ones are left out where the number does not divide."""
-        return len(self.training) // self.batch_size
+        """That see all images once; see `Split.batches`."""
+        return self.training.steps(self.batch_size)
 
     @property
     def steps(self) -> int:
@@ -122,7 +124,8 @@ def prepare(
 ) -> Run:
     """Check everything before anything is written, and build the run as it starts or as it was left."""
     saved = newest_checkpoint(folder) if resume else None
-    training, validation = _read(data, recipe)
+    learning = LEARNING[recipe.task]
+    training, validation = _read(data, recipe, learning)
     wanted, recipe = recipe, decided(recipe, training)
     if saved is not None:
         _insist_on_same(
@@ -135,7 +138,6 @@ def prepare(
     _look_at(training, validation, machine, processes)
 
     torch.manual_seed(recipe.seed)
-    learning = LEARNING[recipe.task]
     model = _model(recipe, training.labels, saved, told=wanted.weights is not None).to(device)
     insist_on_blocks(model, recipe.optimizer)
     if recipe.sync_batchnorm and processes.count > 1:
@@ -261,10 +263,10 @@ def _state(saved: WeightFile) -> dict[str, Any]:
 # ---- parts of `prepare` ----------------------------------------------------------------------------------------------
 
 
-def _read(data: str | Path, recipe: Recipe) -> tuple[Split, Split]:
+def _read(data: str | Path, recipe: Recipe, learning: Learning) -> tuple[Split, Split]:
     """Images to train on, without labels too where the recipe has such, and to validate on."""
-    training = read_split(data, "train", task=recipe.task)
-    if len(training.labels) < 2:
+    training = learning.chosen(recipe, read_split(data, "train", task=recipe.task))
+    if len(training.labels) < 2 and recipe.task != "detect":
         raise UserError(f"{data} has one class only ({training.labels[0]}); a classifier needs two or more.")
     _insist_on_two_each(data, len(training), 1)
     validation = read_split(data, "val", training.labels, recipe.task)
@@ -380,6 +382,8 @@ def _model(recipe: Recipe, labels: Sequence[str], saved: WeightFile | None, *, t
         if saved is None and not told:
             raise UserError(f"{error} To start from random weights: --weights none.") from error
         raise
+    if isinstance(model, Detector):
+        model.fixed_norms, model.sampling = bool(recipe.fixed_norms), Sampling(**asdict(recipe.sampling))
     p = LEARNING[recipe.task].prepared(recipe, model.metadata.preprocess)
     model.metadata = replace(model.metadata, labels=tuple(labels), preprocess=p)
     return model

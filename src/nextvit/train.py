@@ -19,16 +19,16 @@ from torch import Tensor, nn
 from nextvit import checkpoints
 from nextvit.checkpoints import BEST, LAST, WEIGHTS, Epoch, kept_epoch, owned
 from nextvit.create import open_checkpoint
-from nextvit.data.loader import NOT_PREPARED, Batch, batches
+from nextvit.data.loader import NOT_PREPARED, Batch, batches, together
 from nextvit.data.seeds import word
 from nextvit.data.split import UNLABELLED
 from nextvit.devices import DTYPES
 from nextvit.errors import Diverged, Interrupted, LoaderDied, OutOfMemory, UserError, short_of_memory
-from nextvit.evaluate import Evaluation, MaskEvaluation
+from nextvit.evaluate import AnyEvaluation
 from nextvit.files import write_rows
 from nextvit.journal import Journal
 from nextvit.learning import Loading
-from nextvit.networks import Network
+from nextvit.networks import Network, as_arrays, as_asked
 from nextvit.objective import Moment
 from nextvit.optimization import learning_rate
 from nextvit.processes import Agreement, joined
@@ -52,7 +52,7 @@ def train(
     resume: bool = False,
     changes: Sequence[str] = (),
     machine: Machine = AUTOMATIC,
-) -> Evaluation | MaskEvaluation:
+) -> AnyEvaluation:
     """Train the network of a recipe on the images of `data` and keep everything in the run folder `folder`.
 
     resume: go on from the newest whole checkpoint in `folder`, with the recipe that it was started with, but for
@@ -139,10 +139,9 @@ def _parts(run: Run) -> list[np.ndarray]:
     start, end = (at.epoch * run.steps + step for step in (at.step, run.steps))
     whole: list[np.ndarray] = []
     for number in range(start // run.pass_steps, -(-end // run.pass_steps)):
-        order = number * len(run.training) + run.training.order(recipe.seed, number)
+        found = number * len(run.training) + run.training.batches(run.batch_size, recipe.seed, number)
         first = number * run.pass_steps
-        steps = range(max(start - first, 0), min(end - first, run.pass_steps))
-        whole += [order[step * run.batch_size :][: run.batch_size] for step in steps]
+        whole += list(found[max(start - first, 0) : end - first])
     return [run.processes.share(batch[i * size :][:size]) for batch in whole for i in range(recipe.accumulation)]
 
 
@@ -219,7 +218,7 @@ def insist_on_finite(outcome: Outcome, run: Run) -> None:
 def _nothing(run: Run) -> Batch:
     """Two samples that teach nothing."""
     none = torch.empty(0, dtype=torch.int64)
-    return Batch(torch.stack([run.learning.blank(run.recipe)] * 2), none.new_full((2,), UNLABELLED), none, ())
+    return Batch(together([run.learning.blank(run.recipe)] * 2), none.new_full((2,), UNLABELLED), none, ())
 
 
 def _not_yet(network: nn.Module) -> Any:
@@ -259,13 +258,15 @@ def finish_epoch(run: Run) -> Epoch:
     return row
 
 
-def validate(model: Network, run: Run) -> Evaluation | MaskEvaluation:
+def validate(model: Network, run: Run) -> AnyEvaluation:
     """Metrics of the model on the run's validation split, in fp32, with the model's own preprocessing."""
     model.eval()
 
-    def forward(images: np.ndarray) -> np.ndarray:
+    asked = as_asked(model)
+
+    def forward(images: np.ndarray) -> Any:
         with torch.inference_mode():
-            return model(torch.from_numpy(images).to(run.device)).float().cpu().numpy()
+            return as_arrays(asked(torch.from_numpy(images).to(run.device)))
 
     how = Loading(max(1, 2 * run.batch_size // run.processes.count), run.workers, run.processes)
     return run.learning.validate(forward, run.validation, model.metadata, how)

@@ -15,15 +15,17 @@ from PIL import Image
 
 from nextvit.data.images import ImageRejected, printable
 from nextvit.data.masks import IGNORED, MaskSplit
+from nextvit.data.objects import Objects, ObjectSplit
 from nextvit.data.split import UNLABELLED, Split
 from nextvit.devices import cpu_count
-from nextvit.errors import UserError
+from nextvit.errors import UserError, first_few
 from nextvit.progress import track
 
 T = TypeVar("T")
+Truth = np.ndarray | Objects | None  # the label of each pixel; the objects; nothing, of classification
 QUICK = 2_000  # images that training decodes before it starts
 QUICK_FILES = 20_000  # and files that it compares across splits
-MOST_UNREADABLE = 0.01  # of the images
+MOST_UNREADABLE = 0.01  # of the images, and of the objects
 SMALL_SIDE = 32  # pixels
 HASH_SIDE = 16
 NEAR = 6  # of the 256 bits of a hash may differ in two copies of a picture,
@@ -50,7 +52,7 @@ class Checked:
     """What a data set is, and what was found in it."""
 
     images: dict[str, int]  # split -> how many
-    splits: dict[str, dict[str, int]]  # split -> class -> images that are of it; of masks, that have it somewhere
+    splits: dict[str, dict[str, int]]  # split -> class -> images that are of it; of dense tasks, that have it somewhere
     sides: dict[str, tuple[int, int, int]]  # split -> the shortest, median and longest short side in pixels
     findings: tuple[Finding, ...]
 
@@ -66,7 +68,7 @@ class _Seen:
     file: Path
     split: str
     size: tuple[int, int]
-    classes: tuple[int, ...]  # that its mask has
+    classes: tuple[int, ...]  # that its mask, or its objects, have
     grey: np.ndarray  # uint8 (HASH_SIDE, HASH_SIDE + 1): a small copy
     bits: np.ndarray  # uint64 (4,): of each of its pixels, whether the next one is brighter
 
@@ -95,12 +97,15 @@ def check(splits: Sequence[Split]) -> Checked:
     exact, repeated = _equal(splits)
     same = {file for group in exact for file in group}
     dense = any(isinstance(split, MaskSplit) for split in splits)
-    unpaired = [told for split in splits if isinstance(split, MaskSplit) for told in split.unpaired]
-    blank = [str(s.file) for s in seen if not s.classes] if dense else []
+    faults = [told for split in splits for told in split.faults]
+    misshapen = [told for split in splits if isinstance(split, ObjectSplit) for told in split.misshapen]
+    labelled = dense or any(isinstance(split, ObjectSplit) for split in splits)
+    blank = [str(s.file) for s in seen if labelled and not s.classes]
     findings = [
         _finding("unreadable", True, f"images{OR_MASKS * dense} cannot be read; they would be left out", bad),
-        _finding("unpaired", True, "images have no mask, or masks no image; they would be left out", unpaired),
-        _finding("no class", len(blank) == len(seen), "masks have no pixel with a class; they teach nothing", blank),
+        _finding("entries", True, "entries have no partner or no number of their own; they would be left out", faults),
+        _finding("objects", True, "objects have no box or no mask that can be; they would be left out", misshapen),
+        _finding("no class", len(blank) == len(seen), "images have nothing of any class", blank),
         _finding("same in two splits", True, "images lie in two splits: figures on the second flatter", _named(exact)),
         _finding("same within a split", False, "groups of equal files in one split", _named(repeated)),
         _finding("near duplicates", False, "pairs look the same across splits", _near(seen, same)),
@@ -143,13 +148,15 @@ def _uneven(counts: dict[str, dict[str, int]]) -> list[str]:
     return told
 
 
-def _look(image: Image.Image, labels: np.ndarray | None) -> tuple[tuple[int, int], tuple[int, ...], Any, Any]:
+def _look(image: Image.Image, truth: Truth) -> tuple[tuple[int, int], tuple[int, ...], Any, Any]:
+    labels = truth.labels if isinstance(truth, Objects) else truth
     there = () if labels is None else tuple(int(number) for number in np.unique(labels) if number != IGNORED)
     grey = np.asarray(image.convert("L").resize((HASH_SIDE + 1, HASH_SIDE), Image.Resampling.BILINEAR))
     return image.size, there, grey, np.packbits(grey[:, 1:] > grey[:, :-1]).view(np.uint64)
 
 
-def _labelled(image: Image.Image, labels: np.ndarray | None) -> bool:
+def _teaches(image: Image.Image, truth: Truth) -> bool:
+    labels = truth.labels if isinstance(truth, Objects) else truth
     return labels is not None and bool((labels != IGNORED).any())
 
 
@@ -186,25 +193,11 @@ def _near(seen: Sequence[_Seen], same: set[Path]) -> list[str]:
 def quick_check(training: Split, validation: Split, *, allow_bad: bool = False, strict: bool = False) -> list[str]:
     """What training says before its first step.
 
-    Raises UserError where over 1 % of the images cannot be read, or any mask cannot be used, unless allow_bad; and with
-    `strict` where any image cannot, or where an image is in both splits.
+    Raises UserError where over 1 % of the images cannot be read or of the objects cannot be, or where any mask cannot
+    be used or entry has no partner, unless allow_bad; and with `strict` where any image or object cannot, or where an
+    image is in both splits.
     """
-    notes = []
-    for split in (training, validation):
-        chosen = np.unique(np.linspace(0, len(split) - 1, min(QUICK, len(split))).astype(int))
-        dense = isinstance(split, MaskSplit)
-        looked = [found for _, found in _each(split, chosen.tolist(), _labelled)]
-        bad = [found for found in looked if isinstance(found, str)]
-        if isinstance(split, MaskSplit):
-            bad += split.unpaired
-        # A mask that does not fit is an error of somebody's labelling, of which there are seldom few.
-        if len(bad) > (0 if strict or dense else MOST_UNREADABLE * len(chosen)) and not allow_bad:
-            raise UserError(
-                f"{len(bad)} of {len(chosen)} images{OR_MASKS * dense} of {split.name} cannot be read: {bad[0]} "
-                "`nextvit data check` lists them all; mend them, or train without them by --allow-bad."
-            )
-        if dense and not any(found is True for found in looked):
-            raise UserError(f"none of {len(looked)} masks of {split.name} has a pixel with a class; nothing is learnt.")
+    notes = [note for split in (training, validation) for note in _insist(split, allow_bad, strict)]
     if len(training) + len(validation) <= QUICK_FILES:
         same, _ = _equal([training, validation])
         if same:
@@ -216,15 +209,41 @@ def quick_check(training: Split, validation: Split, *, allow_bad: bool = False, 
     return notes
 
 
+def _insist(split: Split, allow_bad: bool, strict: bool) -> list[str]:
+    """That a split is fit to learn from; what is left out of it all the same."""
+    masks, objects = isinstance(split, MaskSplit), isinstance(split, ObjectSplit)
+    cure = "`nextvit data check` lists them all; mend them, or train without them by --allow-bad."
+    # What does not fit is an error of somebody's labelling, of which there are seldom few.
+    if split.faults and not allow_bad:
+        raise UserError(f"{len(split.faults)} entries of {split.name} fit nothing: {first_few(split.faults)}. {cure}")
+    chosen = np.unique(np.linspace(0, len(split) - 1, min(QUICK, len(split))).astype(int))
+    looked = [found for _, found in _each(split, chosen.tolist(), _teaches)]
+    bad = [found for found in looked if isinstance(found, str)]
+    if len(bad) > (0 if strict or masks else MOST_UNREADABLE * len(chosen)) and not allow_bad:
+        raise UserError(
+            f"{len(bad)} of {len(chosen)} images{OR_MASKS * masks} of {split.name} cannot be read: {bad[0]} {cure}"
+        )
+    if (masks or objects) and not any(found is True for found in looked):
+        what = "masks of {} has a pixel with a class" if masks else "images of {} has an object"
+        raise UserError(f"none of {len(looked)} {what.format(split.name)}; nothing is learnt.")
+    if not isinstance(split, ObjectSplit) or not split.misshapen:
+        return []
+    told = f"{len(split.misshapen)} of {len(split.misshapen) + len(split.annotations)} objects of {split.name} are none"
+    told += f": {first_few(split.misshapen)}"
+    most = 0 if strict else MOST_UNREADABLE * (len(split.misshapen) + len(split.annotations))
+    if len(split.misshapen) > most and not allow_bad:
+        raise UserError(f"{told}. {cure}")
+    return [f"{told}; they are left out"]
+
+
 def _each(
-    split: Split, indices: Sequence[int], look: Callable[[Image.Image, np.ndarray | None], T]
+    split: Split, indices: Sequence[int], look: Callable[[Image.Image, Truth], T]
 ) -> Iterator[tuple[int, T | str]]:
     """(index, what `look` makes of image and labels, or why they cannot be used), in order; decoded by all cores."""
 
     def one(index: int) -> tuple[int, T | str]:
         try:
-            image, labels = split.both(index) if isinstance(split, MaskSplit) else (split.read(index), None)
-            return index, look(image, labels)
+            return index, look(*split.labelled(index))
         except ImageRejected as error:
             return index, str(error)
 

@@ -23,21 +23,24 @@ from nextvit.progress import say
 
 NOT_PREPARED = "could not be prepared"
 AHEAD = 2  # batches that each loading process may be ahead
-Transform = Callable[[Any], Tensor]  # of what `Split.sample` gives
+Transform = Callable[[Any], Any]  # of what `Split.sample` gives; to a tensor, or to an object of a task's own
 
 
 @dataclass(frozen=True)
 class Batch:
-    """images: as the transform gives them, stacked; targets, indices: int64 (B,); rejected: (index, why)."""
+    """images: as the transform gives them, stacked where they are tensors; targets, indices: int64 (B,); rejected:
+    (index, why).
+    """
 
-    images: Tensor
+    images: Any
     targets: Tensor
     indices: Tensor
     rejected: tuple[tuple[int, str], ...]
 
     def pin_memory(self) -> "Batch":
         """What a DataLoader calls for copies to a GPU that need not be waited for."""
-        return replace(self, images=self.images.pin_memory(), targets=self.targets.pin_memory())
+        images = self.images.pin_memory() if isinstance(self.images, Tensor) else self.images
+        return replace(self, images=images, targets=self.targets.pin_memory())
 
 
 class _Images(Dataset):
@@ -47,7 +50,7 @@ class _Images(Dataset):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, number: int) -> tuple[int, Tensor | str]:
+    def __getitem__(self, number: int) -> tuple[int, Any]:
         drawn, index = divmod(number, len(self))
         try:
             with seeded(*self.seed, drawn, index) if self.seed is not None else nullcontext():
@@ -62,15 +65,22 @@ class _Collate:
     def __init__(self, split: Split):
         self.split = split
 
-    def __call__(self, samples: list[tuple[int, Tensor | str]]) -> Batch:
-        good = [(index, image) for index, image in samples if isinstance(image, Tensor)]
+    def __call__(self, samples: list[tuple[int, Any]]) -> Batch:
+        good = [(index, image) for index, image in samples if not isinstance(image, str)]
         indices = torch.tensor([index for index, _ in good], dtype=torch.int64)
         return Batch(
-            images=torch.stack([image for _, image in good]) if good else torch.empty(0),
+            images=together([image for _, image in good]),
             targets=torch.tensor([self.split.targets[index] for index, _ in good], dtype=torch.int64),
             indices=indices,
             rejected=tuple((index, why) for index, why in samples if isinstance(why, str)),
         )
+
+
+def together(samples: Sequence[Any]) -> Any:
+    """Samples of a batch: tensors stacked, others side by side."""
+    if not samples:
+        return torch.empty(0)
+    return torch.stack(list(samples)) if isinstance(samples[0], Tensor) else list(samples)
 
 
 def eval_transform(metadata: Metadata) -> Transform:

@@ -36,17 +36,18 @@ class MaskRejected(ImageRejected):
 
 @dataclass(frozen=True)
 class MaskSplit(Split):
-    """Images, each with a mask and without a target. Labels are 0 to classes - 1, and IGNORED."""
+    """Images, each with a mask and without a target. Labels are 0 to classes - 1, and IGNORED. `faults` are images
+    without a mask and masks without an image.
+    """
 
     masks: tuple[Path, ...] = field(default=())
     zero_is_ignored: bool = False  # ADE20K's: 0 is no class, class 0 has the value 1
     colours: tuple[tuple[int, int, int], ...] = ()  # of the classes, then of what is ignored; empty: masks hold indices
-    unpaired: tuple[str, ...] = ()  # images without a mask and masks without an image, which are not in it
 
     def sample(self, index: int) -> Callable[[], tuple[Image.Image, np.ndarray]]:
-        return partial(self.both, index)
+        return partial(self.labelled, index)
 
-    def both(self, index: int) -> tuple[Image.Image, np.ndarray]:
+    def labelled(self, index: int) -> tuple[Image.Image, np.ndarray]:
         """Image and labels; ImageRejected where either cannot be used."""
         image = self.read(index)
         return image, self.labels_of(index, image.size)
@@ -138,7 +139,7 @@ def mask_split(data: str | Path, name: str, labels: Sequence[str] | None = None)
 
     A folder without train/ and val/ is split the same way each time: every fifth image is `val`.
     labels: the classes of a model, which must be those of the folder. Images without a mask and masks without an image
-    are left out and named in `unpaired`. Raises UserError for a folder of another kind.
+    are left out and named in `faults`. Raises UserError for a folder of another kind.
     """
     root = _root(data)
     place = _place(root, name)
@@ -166,7 +167,7 @@ def mask_split(data: str | Path, name: str, labels: Sequence[str] | None = None)
         masks=tuple(masks),
         zero_is_ignored=ade20k,
         colours=colours,
-        unpaired=tuple(unpaired),
+        faults=tuple(unpaired),
     )
 
 

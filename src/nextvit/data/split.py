@@ -57,6 +57,7 @@ class Split:
     targets: tuple[int, ...]
     notes: tuple[str, ...] = field(default=())  # what the user should know: empty classes, files outside a class
     places: Places | None = None  # None: each image is a file of its own
+    faults: tuple[str, ...] = field(default=())  # what is left out because it fits nothing else; training refuses such
 
     def __len__(self) -> int:
         return len(self.files)
@@ -66,6 +67,10 @@ class Split:
         if self.places is None:
             return read_image(self.files[index], draft=draft)
         return read_image(self.places.content(index), name=self.files[index], draft=draft)
+
+    def labelled(self, index: int) -> tuple[Image.Image, Any]:
+        """The image and the truth of dense tasks; ImageRejected where either cannot be used."""
+        return self.read(index), None
 
     def sample(self, index: int) -> Any:
         """What a transform of the loader is given: here ReadImage, so that it can ask for less than the whole image."""
@@ -94,6 +99,15 @@ class Split:
     def order(self, *numbers: int) -> np.ndarray:
         """All indices, shuffled: a function of the numbers alone, such as seed and epoch."""
         return generator(*numbers).permutation(len(self))
+
+    def batches(self, size: int, *numbers: int) -> np.ndarray:
+        """int64 (steps, size): the batches of one pass, shuffled; what does not fill one is left out."""
+        steps = len(self) // size
+        return self.order(*numbers)[: steps * size].reshape(steps, size)
+
+    def steps(self, size: int) -> int:
+        """How many batches a pass has."""
+        return len(self) // size
 
     @property
     def sha256(self) -> str:

@@ -73,7 +73,7 @@ class Images:
             return np.asarray(self.targets)
         p, found = self.metadata.preprocess, []
         for index in self.targets:
-            image, labels = self.masks.both(index)
+            image, labels = self.masks.labelled(index)
             size = fitted(np.asarray(image), p.image_size, p.long_side or p.image_size).shape[:2]
             found.append(centre(nearest(labels, size), p.image_size, IGNORED))
         return np.stack(found)
@@ -177,7 +177,7 @@ def _readable(images: Images, label: str) -> tuple[Images, list[str]]:
     for index, source in enumerate(track(images.sources, total=len(images), label=label)):
         try:
             if images.masks is not None and images.targets is not None:
-                images.masks.both(images.targets[index])
+                images.masks.labelled(images.targets[index])
             else:
                 read_image(source)
             good.append(index)

@@ -21,7 +21,7 @@ def write(job: Job) -> Written:
     with converting("coreai"):
         program = torch_program(job, network).run_decompositions(coreai.get_decomp_table())
         converter = coreai.TorchConverter()
-        converter.add_exported_program(program, input_names=["image"], output_names=[job.output])
+        converter.add_exported_program(program, input_names=["image"], output_names=list(job.metadata.outputs))
         converter.to_coreai().save_asset(job.path, notes)
     close_seal(job.path)
     return Written(None, "needs macOS 27, and nextvit does not open Core AI files yet")

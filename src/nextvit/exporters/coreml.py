@@ -34,7 +34,7 @@ def write(job: Job) -> Written:
         "minimum_deployment_target": ct.target.iOS17,
     }
     classifies = metadata.task == "classify"
-    outputs = ["probabilities"] * classifies + [job.output]
+    outputs = ["probabilities"] * classifies + list(metadata.outputs)
     with converting("coreml"):
         milprogram = ct.convert(
             torch_program(job, WithProbabilities(network) if classifies else network, largest).run_decompositions({}),

@@ -11,10 +11,12 @@ import torch
 from PIL import Image
 
 from nextvit.data.images import normalise, pixels, preprocess
-from nextvit.exporters.form import ClassMap
+from nextvit.data.scenes import compose
+from nextvit.exporters.form import as_exported
+from nextvit.exporters.object_parity import LOOSEST, ObjectParity
 from nextvit.exporters.parity import Parity, real_images
 from nextvit.metadata import Metadata
-from nextvit.networks import Network
+from nextvit.networks import Network, as_arrays, as_asked
 
 PHOTOGRAPH = 10  # of `real_images`: the first that is no garment
 HINTS = {"fp32": "f32", "fp16": "f32", "bf16": "bf16", "int8": "f32"}  # of OpenVINO, for what is left in float
@@ -98,16 +100,41 @@ PYTHON = {
 }
 
 
+OBJECTS = {  # how a detector is run: -> boxes, labels, scores, masks; imports beside those above
+    "onnx": ("", 'boxes, labels, scores, masks = onnxruntime.InferenceSession(model).run(None, {"image": image})'),
+    "openvino": (
+        "",
+        "core = openvino.Core()\n"
+        'compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "$hint"})\n'
+        "found = compiled(image)\n"
+        "boxes, labels, scores, masks = (found[place] for place in range(4))",
+    ),
+    "torch": (
+        "\nimport torchvision  # its operators are in the program",
+        "with torch.inference_mode():\n"
+        "    found = torch.export.load(model).module()(torch.from_numpy(image))\n"
+        "boxes, labels, scores, masks = (values.numpy() for values in found)",
+    ),
+}
+
+
 def write_example(
-    folder: Path, file: str, format_name: str, model: Network, metadata: Metadata, parity: Parity | None
+    folder: Path, file: str, format_name: str, model: Network, metadata: Metadata, parity: Parity | ObjectParity | None
 ) -> None:
     """Write image.png, image.rgb, logits.f32, expected.json and the programs that the format has.
 
     file: name of the exported file, in the folder above. Expected are the logits of the model in float; the tolerance
     is the bound of the precision, for int8 half as much again as parity found, or none where it could not be run. Of
-    segmentation, classes.png is expected and the program is in Python alone.
+    segmentation, classes.png is expected, of detection boxes, and the program is in Python alone; there is none for a
+    part of a network.
     """
+    if metadata.gives_maps:
+        return
     folder.mkdir()
+    if metadata.task == "detect":
+        _write_objects(folder, file, format_name, model, metadata, parity)
+        return
+    assert not isinstance(parity, ObjectParity)
     if metadata.task == "segment":
         _write_dense(folder, file, format_name, model, metadata, parity)
         return
@@ -177,7 +204,7 @@ def _write_dense(
     p = metadata.preprocess
     shown = real_images()[PHOTOGRAPH].resize((p.image_size, p.image_size), Image.Resampling.BICUBIC)
     with torch.inference_mode():
-        network = ClassMap(model) if metadata.gives_classes else model
+        network = as_exported(model, metadata)
         found = network(torch.from_numpy(normalise(np.asarray(shown), p)[None]))[0]
     classes = found if metadata.gives_classes else found.argmax(0)
     least = 0.0
@@ -199,6 +226,49 @@ def _write_dense(
             imports=python.imports,
             image=PYTHON_IMAGE[0],
             run=run.replace('["logits"]', f'["{"classes" if metadata.gives_classes else "logits"}"]'),
+        )
+
+
+def _write_objects(
+    folder: Path,
+    file: str,
+    format_name: str,
+    model: Network,
+    metadata: Metadata,
+    parity: Parity | ObjectParity | None,
+) -> None:
+    """The same of detection, on a scene: objects are those expected by the bounds that parity was held to."""
+    p, least = metadata.preprocess, 0.0
+    image = preprocess(Image.fromarray(compose("val", 0).image), p)
+    if metadata.fixed_sides:
+        image = np.pad(image, ((0, 0), *((0, p.image_size - side) for side in image.shape[1:])))
+    with torch.inference_mode():
+        (found,) = as_arrays(as_asked(model)(torch.from_numpy(image[None])))
+    bound = LOOSEST
+    if isinstance(parity, ObjectParity) and parity.live:
+        bound = parity.bound or LOOSEST
+        least = bound.agreement if parity.bound else max(0.0, 100 - 2 * (100 - parity.agreement))
+    Image.fromarray(pixels(image, p)).save(folder / "image.png")
+    expected = {
+        "mean": p.mean,
+        "std": p.std,
+        "names": metadata.labels,
+        **{name: found[name].tolist() for name in ("boxes", "labels", "scores")},
+        "overlap": bound.overlap,
+        "score": bound.score,
+        "least": 0.9 * least / 100,  # of one image
+    }
+    (folder / "expected.json").write_text(json.dumps(expected), encoding="utf-8")
+    if format_name in OBJECTS:
+        python, (more, run) = PYTHON[format_name], OBJECTS[format_name]
+        _fill(
+            "python_objects",
+            folder / "run.py",
+            file=json.dumps(file)[1:-1],
+            packages=python.packages + " torchvision" * bool(more),
+            imports=python.imports + more,
+            image=PYTHON_IMAGE[0],
+            run=Template(run).substitute(hint=HINTS[metadata.precision]),
         )
 
 

@@ -14,27 +14,34 @@ from types import ModuleType
 from nextvit import __version__
 from nextvit.backbone import NextViT
 from nextvit.data.images import ImageSource
+from nextvit.detector import Detector
 from nextvit.errors import AccuracyError, ParityError, UserError
 from nextvit.exporters.calibration import Calibration, read_calibration
 from nextvit.exporters.example import write_example
 from nextvit.exporters.form import StageOutputs, export_form
 from nextvit.exporters.job import Job, Written
+from nextvit.exporters.object_parity import ObjectParity, compare_objects
 from nextvit.exporters.parity import Parity, StageComparison, compare, compare_stages
 from nextvit.exporters.preprocessing import Preprocessing
-from nextvit.exporters.program import quiet
+from nextvit.exporters.program import LEAST_OF_DETECTOR, quiet
 from nextvit.exporters.quantization import Accuracy, accuracy, all_answers
 from nextvit.exporters.rounding import finetune
 from nextvit.extras import need
 from nextvit.files import replacing
 from nextvit.formats import FORMATS, Format, Free, format_named, format_of
 from nextvit.metadata import Metadata
-from nextvit.networks import Network
+from nextvit.networks import Dense, Network
 from nextvit.progress import say
 from nextvit.runtime.open import open_session
 from nextvit.runtime.session import Session
 from nextvit.runtime.torch_session import TorchSession
 from nextvit.segmenter import Segmenter
 from nextvit.trust import remember
+
+PYRAMID_ALONE = (
+    "{} cannot choose boxes, so the file is backbone and feature pyramid alone; proposals, boxes and masks are to be "
+    "made of its five maps elsewhere. ONNX and OpenVINO files are whole"
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ class ExportReport:
     precision: str
     bytes: int  # of all its files
     seconds: float
-    parity: Parity | None  # None: it could not be run here
+    parity: Parity | ObjectParity | None  # None: it could not be run here
     stages: tuple[StageComparison, ...] = ()  # where asked for
     not_run: str | None = None  # why, e.g. "needs macOS"
     accuracy: Accuracy | None = None  # of int8
@@ -55,9 +62,9 @@ class ExportReport:
 
     @property
     def checked(self) -> Parity:
-        """The parity of a file that was run."""
-        if self.parity is None:
-            raise RuntimeError(f"{self.path} was not run: {self.not_run}")
+        """The parity of a file that was run, of one that gives arrays."""
+        if not isinstance(self.parity, Parity):
+            raise RuntimeError(f"{self.path} was not run ({self.not_run}), or gives objects")
         return self.parity
 
     def to_dict(self) -> dict[str, object]:
@@ -109,8 +116,13 @@ def export(
     metadata = replace(metadata, takes_pixels=preprocess)
     start = time.perf_counter()
     free = fmt.left_open(metadata.preprocess.image_size, dynamic, preprocess)
-    metadata = replace(metadata, fixed_sides=metadata.task == "segment" and not free.sides)
     notes = images.notes if images else ()
+    if metadata.task == "detect":
+        free = Free(batch=False, sides=free.sides and metadata.preprocess.image_size >= LEAST_OF_DETECTOR)
+        if not fmt.detects:
+            metadata = replace(metadata, gives_maps=True)
+            notes = (*notes, PYRAMID_ALONE.format(fmt.name))
+    metadata = _of_one_size(metadata) if metadata.task != "classify" and not free.sides else metadata
     if dynamic and fmt.free.sides and not free.sides:
         notes = (*notes, f"the sides are fixed: {fmt.name} leaves them open from {fmt.open_from} pixels up only")
     plain = copy.deepcopy(model).eval().cpu().float()
@@ -122,14 +134,15 @@ def export(
             told = f"{qat_epochs} epochs on {len(images.train)} images: {first:.3g} to {last:.3g} nats from its answers"
             kept = "" if last < first else "; it did not help, and the weights are as they were"
             notes = (*notes, f"fine-tuned in int8 to answer as the model does, {told}{kept}")
-        measured, parity = None, None
+        measured: Accuracy | None = None
+        parity: Parity | ObjectParity | None = None
         by_stage: tuple[StageComparison, ...] = ()
         if images is None:
             written = writer.write(job)
         else:
             written, measured, job = _write_int8(writer, plain, job, images, max_drop)
         if written.opened is not None:
-            parity = compare(plain, _open(written.opened), free=free, precision=precision)
+            parity = _compared(plain, _open(written.opened), free, precision)
             if stages:
                 by_stage = _compare_stages(writer, plain, fmt, job)
             _insist(parity, path, by_stage)
@@ -156,6 +169,14 @@ def export(
     return report
 
 
+def _of_one_size(metadata: Metadata) -> Metadata:
+    """The record of a file of one size; a detector's images are fitted into a square of it."""
+    p = metadata.preprocess
+    if metadata.task == "detect":
+        p = replace(p, long_side=p.image_size)
+    return replace(metadata, fixed_sides=True, preprocess=p)
+
+
 def _checked(
     model: Network,
     path: Path,
@@ -177,8 +198,12 @@ def _checked(
         raise UserError("a features_only model gives four maps; export the whole network, which ends in logits.")
     if class_map and not isinstance(model, Segmenter):
         raise UserError("a class of each pixel is what segmentation gives; leave --class-map out.")
-    if preprocess and isinstance(model, Segmenter):
-        raise UserError("files for segmentation do not prepare images themselves; leave --preprocess out.")
+    if preprocess and isinstance(model, Dense):
+        raise UserError(f"files for task {model.metadata.task!r} do not prepare images; leave --preprocess out.")
+    if qat_epochs and isinstance(model, Detector):
+        raise UserError("detectors are not fine-tuned for int8; leave --qat-epochs out.")
+    if precision == "int8" and isinstance(model, Detector) and not fmt.detects:
+        raise UserError(f"int8 of a detector is for whole files (ONNX, OpenVINO); {fmt.name} files hold a part of it.")
     fmt.check(precision, preprocess)
     if preprocess:
         if model.metadata.in_channels != 3:
@@ -209,6 +234,12 @@ def _open(path: Path) -> Session:
     return open_session(path, device="cpu", trust=True)
 
 
+def _compared(model: Network, session: Session, free: Free, precision: str) -> Parity | ObjectParity:
+    if session.metadata.task == "detect" and not session.metadata.gives_maps:
+        return compare_objects(model, session, sides=free.sides, precision=precision)
+    return compare(model, session, free=free, precision=precision)
+
+
 def _compare_stages(writer: ModuleType, model: Network, fmt: Format, job: Job) -> tuple[StageComparison, ...]:
     """Write a second file whose output is all stages', of one size, and compare them; it is not kept."""
     form = export_form(model, fixed=True)
@@ -224,9 +255,12 @@ def _compare_stages(writer: ModuleType, model: Network, fmt: Format, job: Job) -
         return compare_stages(model, _open(written.opened))
 
 
-def _insist(parity: Parity, path: Path, stages: Sequence[StageComparison]) -> None:
+def _insist(parity: Parity | ObjectParity, path: Path, stages: Sequence[StageComparison]) -> None:
     where = "; ".join(f"{stage.name} {stage.relative:.0e}" for stage in stages)
-    if not parity.ok:
+    if isinstance(parity, ObjectParity):
+        if not parity.ok:
+            raise ParityError(f"{path} was not written: {parity.told}.")
+    elif not parity.ok:
         raise ParityError(
             f"{path} was not written: its outputs differ from the model's by {parity.max_abs:.3g} "
             f"({parity.relative:.1e} of the largest, {parity.to_spread:.1e} of their spread; same first label for "

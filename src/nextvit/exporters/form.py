@@ -1,15 +1,18 @@
 """The form of a model that every format is made of: folded, its attention on maps, with the same outputs."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextvit.backbone import EMHSA, NTB, HalvingPool, NextViT, PatchEmbed, SequencePool
+from nextvit.detector import Detector, Padded
 from nextvit.errors import UserError
 from nextvit.folding import fold
 from nextvit.heads.units import resized
+from nextvit.metadata import Metadata
 from nextvit.networks import Network, backbone_of
 from nextvit.segmenter import Segmenter
 
@@ -55,6 +58,38 @@ class ClassMap(nn.Module):
         return resized(self.network(x), x.shape[2:]).argmax(1).to(torch.int32)
 
 
+class ObjectOutputs(nn.Module):
+    """A detector of one image without padding: (1, C, H, W) -> boxes, labels, scores and masks, a graph's outputs."""
+
+    def __init__(self, network: Detector):
+        super().__init__()
+        self.network = Padded(network)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        (found,) = self.network(x)
+        return found["boxes"], found["labels"], found["scores"], found["masks"]
+
+
+class PyramidMaps(nn.Module):
+    """Backbone and feature pyramid of a detector: (B, C, H, W) -> five maps at strides 4 to 64."""
+
+    def __init__(self, network: Detector):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.network.neck(self.network.backbone(x)))
+
+
+def as_exported(network: Any, metadata: Metadata) -> nn.Module:
+    """The network with the outputs that a file of this metadata has."""
+    if metadata.gives_maps:
+        return PyramidMaps(network)
+    if metadata.task == "detect":
+        return ObjectOutputs(network)
+    return ClassMap(network) if metadata.gives_classes else network
+
+
 def stage_outputs(network: Network, x: Tensor) -> list[Tensor]:
     """(B, C, H, W) -> the maps of the stem and of each stage, and the logits."""
     backbone = backbone_of(network)
@@ -88,9 +123,14 @@ class InDtype(nn.Module):
         super().__init__()
         self.network, self.dtype = network.to(dtype), dtype
 
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.network(x.to(self.dtype))
-        return found.float() if found.is_floating_point() else found
+    def forward(self, x: Tensor) -> Any:
+        return _in_float(self.network(x.to(self.dtype)))
+
+
+def _in_float(found: Any) -> Any:
+    if isinstance(found, tuple):
+        return tuple(map(_in_float, found))
+    return found.float() if found.is_floating_point() else found
 
 
 class MapEMHSA(nn.Module):

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,19 +20,19 @@ WRAPPERS = re.compile(r"^(network(\.|$))*")  # around the form
 
 def onnx_graph(job: Job, *, half: bool = False) -> Any:
     """The network as an onnx.ModelProto with input `image` (B, C, H, W) and output `logits` (B, classes), for
-    segmentation (B, classes, H / 4, W / 4) or `classes` (B, H, W).
+    segmentation (B, classes, H / 4, W / 4) or `classes` (B, H, W); of a detector of one image the four of its objects.
 
     half: weights and arithmetic in fp16; input and output stay float32. A node that computes a layer has the layer's
     name and its operator: `stages.0.blocks.1.mlp.fc1/Conv`.
     """
     network = InDtype(job.network, torch.float16) if half else job.network
-    return _graph(job.of_network(), network, job.output)
+    return _graph(job.of_network(), network, job.metadata.outputs)
 
 
 def preprocessing_graph(job: Job) -> Any:
     """What comes before the network where a file takes pixels: `image`, uint8 (B, H, W, 3), to `prepared`."""
     onnx = need("onnx", extra="onnx")
-    graph = _graph(job, nn.Identity(), "prepared")
+    graph = _graph(job, nn.Identity(), ("prepared",))
     del graph.graph.value_info[:]  # would be renamed whatever it is
     return onnx.compose.add_prefix(graph, PREFIX, rename_inputs=False, rename_outputs=False)
 
@@ -45,14 +46,14 @@ def with_preprocessing(graph: Any, job: Job) -> Any:
     return onnx.compose.merge_models(preprocessing_graph(job), graph, io_map=[("prepared", "prepared")])
 
 
-def _graph(job: Job, network: nn.Module, output: str) -> Any:
+def _graph(job: Job, network: nn.Module, outputs: Sequence[str]) -> Any:
     onnxslim = need("onnxslim", extra="onnx")
     with quiet():
         program = torch.onnx.export(
             torch_program(job, network),
             dynamo=True,
             input_names=["image"],
-            output_names=[output],
+            output_names=list(outputs),
             opset_version=OPSET,
             verbose=False,
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from nextvit.exporters.calibration import Calibration
-from nextvit.exporters.form import ClassMap
+from nextvit.exporters.form import as_exported
 from nextvit.exporters.quantization import FASTEST, Plan
 from nextvit.formats import Free
 from nextvit.metadata import Metadata
@@ -25,13 +25,8 @@ class Job:
 
     @property
     def network(self) -> nn.Module:
-        """The form, with what the file computes of its logits."""
-        return ClassMap(self.form) if self.metadata.gives_classes else self.form
-
-    @property
-    def output(self) -> str:
-        """The name of what the file gives."""
-        return "classes" if self.metadata.gives_classes else "logits"
+        """The form, as what the file gives: of a segmenter perhaps classes, of a detector objects or maps."""
+        return as_exported(self.form, self.metadata)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

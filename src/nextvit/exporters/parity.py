@@ -12,10 +12,10 @@ from PIL import Image
 from nextvit.data.demo_images import garments
 from nextvit.data.images import normalise, preprocess, read_image
 from nextvit.errors import UserError
-from nextvit.exporters.form import ClassMap, stage_outputs
+from nextvit.exporters.form import as_exported, stage_outputs
 from nextvit.formats import Free
 from nextvit.metadata import Metadata
-from nextvit.networks import Network
+from nextvit.networks import Network, as_arrays
 from nextvit.progress import track
 from nextvit.runtime.session import Session, Setup
 
@@ -120,23 +120,23 @@ def compare(model: Network, session: Session, *, free: Free, precision: str) -> 
     """
     shapes: dict[tuple[int, ...], tuple[list[np.ndarray], list[np.ndarray]]] = {}
     side, dense = session.metadata.preprocess.image_size, session.metadata.task == "segment"
-    network = ClassMap(model) if session.metadata.gives_classes else model
-    dtype = np.float32 if dense else np.float64  # maps are large
+    network = as_exported(model, session.metadata)
+    dtype = np.float64 if session.metadata.task == "classify" else np.float32  # maps are large
     at_own_size = []
     inputs = list(_inputs(session.metadata, free))
     shown = track(inputs, total=len(inputs), label="compare") if dense else inputs
     for taken, prepared in shown:
         ours, theirs = shapes.setdefault((len(taken), *session.metadata.sides(taken.shape)), ([], []))
         with torch.inference_mode():
-            ours.append(network(torch.from_numpy(prepared)).numpy().astype(dtype))
-        theirs.append(np.asarray(session(taken), dtype))
+            ours.append(_one_array(as_arrays(network(torch.from_numpy(prepared))), dtype))
+        theirs.append(_one_array(session(taken), dtype))
         if prepared.shape[2:] == (side, side):
             at_own_size.append(ours[-1])
     pairs = {shape: (np.concatenate(ours), np.concatenate(theirs)) for shape, (ours, theirs) in shapes.items()}
     if session.metadata.gives_classes:
         return _of_classes(session.setup, pairs, precision)
     classes = next(iter(pairs.values()))[0].shape[1]
-    if classes != session.metadata.num_classes:
+    if classes != session.metadata.num_classes and not session.metadata.gives_maps:
         raise UserError(
             f"the model has {classes} outputs and its metadata {session.metadata.num_classes} classes; set "
             "model.metadata to what the model is."
@@ -152,6 +152,14 @@ def compare(model: Network, session: Session, *, free: Free, precision: str) -> 
         finite=all(bool(np.isfinite(theirs).all()) for _, theirs in pairs.values()),
         dense=dense,
     )
+
+
+def _one_array(outputs: Any, dtype: Any) -> np.ndarray:
+    """What a session or a network gives; of several maps a row an image."""
+    if isinstance(outputs, np.ndarray):
+        return np.asarray(outputs, dtype)
+    maps = [found for one in outputs for found in (one.values() if isinstance(one, dict) else [one])]
+    return np.concatenate([found.reshape(len(found), -1).astype(dtype) for found in maps], axis=1)
 
 
 def _of_classes(setup: Setup, pairs: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]], precision: str) -> Parity:
@@ -235,7 +243,7 @@ def _inputs(metadata: Metadata, free: Free) -> Iterator[tuple[np.ndarray, np.nda
     is given all as they are, then some of one other size.
     """
     p, images = metadata.preprocess, real_images()
-    if metadata.task == "segment":
+    if metadata.task != "classify":
         yield from _dense_inputs(metadata, free)
         return
     width, height = p.image_size + 27, p.image_size + 1
@@ -256,7 +264,7 @@ def _inputs(metadata: Metadata, free: Free) -> Iterator[tuple[np.ndarray, np.nda
 def _dense_inputs(metadata: Metadata, free: Free) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Photographs alone, at the model's own size and at another one: each has thousands of answers."""
     side = metadata.preprocess.image_size
-    photographs = real_images()[PHOTOGRAPHS:]
+    photographs = real_images()[PHOTOGRAPHS :: 1 if metadata.task == "segment" else 3]  # five maps have many values
     sizes = [(side, side), *([(side + 27, side + 1), (side // 2 + 9, side)] if free.sides else [])]
     for number, size in enumerate(sizes):
         chosen = photographs[number :: len(sizes)]

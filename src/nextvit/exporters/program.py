@@ -16,6 +16,7 @@ from nextvit.exporters.preprocessing import Preprocessing
 from nextvit.extras import need
 from nextvit.progress import track
 
+LEAST_OF_DETECTOR = 65  # pixels a free side: below, the map at stride 64 has one pixel
 LARGEST = {"batch": 8192, "side": 8192}  # of what stays open, where a format plans nothing by it
 
 
@@ -33,7 +34,7 @@ def torch_program(job: Job, network: nn.Module, largest: dict[str, int] = LARGES
         batch, dims[0] = 2, torch.export.Dim("batch", min=1, max=largest["batch"])
     if job.free.sides:
         height, width = 96, 128
-        first, least = (1, 1) if pixels else (2, 64)
+        first, least = (1, 1) if pixels else (2, LEAST_OF_DETECTOR if job.metadata.task == "detect" else 64)
         for place, name in enumerate(("height", "width"), first):
             dims[place] = torch.export.Dim(name, min=least, max=largest["side"])
     example = torch.zeros(job.metadata.input_shape(batch, height, width), dtype=torch.uint8 if pixels else None)

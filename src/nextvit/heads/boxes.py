@@ -97,12 +97,20 @@ class Matching:
     positive: float  # overlap from which on a box stands for the object that it overlaps most
     negative: float  # and below which it stands for none
     least: float  # overlap from which on an object's best boxes stand for it whatever they overlap more
-    sampled: int  # boxes of an image that the losses see
-    share: float  # of positive ones among them, at most
+    share: float  # of positive ones among those that the losses see, at most
 
 
-RPN_MATCHING = Matching(0.7, 0.3, 0.3, sampled=256, share=0.5)
-ROI_MATCHING = Matching(0.5, 0.5, 0.5, sampled=512, share=0.25)
+RPN_MATCHING = Matching(0.7, 0.3, 0.3, share=0.5)
+ROI_MATCHING = Matching(0.5, 0.5, 0.5, share=0.25)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How many boxes of an image the losses see; the original's numbers."""
+
+    anchors: int = 256
+    boxes: int = 512
+    masks: int = 128  # of the boxes that stand for an object
 
 
 def matched(boxes: Tensor, objects: Tensor, rule: Matching) -> Tensor:
@@ -127,14 +135,15 @@ def matched(boxes: Tensor, objects: Tensor, rule: Matching) -> Tensor:
     return torch.where(last >= 0, last, found)
 
 
-def sampled(match: Tensor, rule: Matching) -> tuple[Tensor, Tensor]:
-    """Places of the positive and the negative boxes that the losses see, drawn from torch's generator, each sorted."""
-    positive = _some(match.ge(0).nonzero()[:, 0], int(rule.sampled * rule.share))
-    negative = _some(match.eq(-1).nonzero()[:, 0], rule.sampled - len(positive))
+def sampled(match: Tensor, rule: Matching, count: int) -> tuple[Tensor, Tensor]:
+    """Places of the positive and the negative boxes, `count` in all, drawn from torch's generator, each sorted."""
+    positive = some(match.ge(0).nonzero()[:, 0], int(count * rule.share))
+    negative = some(match.eq(-1).nonzero()[:, 0], count - len(positive))
     return positive, negative
 
 
-def _some(places: Tensor, most: int) -> Tensor:
+def some(places: Tensor, most: int) -> Tensor:
+    """At most so many of them, drawn from torch's generator, in their order."""
     if len(places) <= most:
         return places
     chosen = torch.randperm(len(places))[:most].to(places.device)  # drawn on the CPU: the same on every device
@@ -156,8 +165,9 @@ def pooled(maps: Sequence[Tensor], rois: Tensor, size: int) -> Tensor:
     for number, (x, stride) in enumerate(zip(maps, STRIDES, strict=False)):
         # Empty ones are left out by their places: OpenVINO gives NaN for them, whatever they are multiplied by.
         here = ((level == number) & (width > 0) & (height > 0)).nonzero()[:, 0]
-        part = ops.roi_align(x, rois[here].to(x.dtype), size, 1 / stride, 0, True)
-        found = found.index_put((here,), part)
+        exact = x if x.dtype.itemsize >= 4 else x.float()  # never in half precision
+        part = ops.roi_align(exact, rois[here].to(exact.dtype), size, 1 / stride, 0, True)
+        found = found.index_put((here,), part.to(x.dtype))
     return found
 
 

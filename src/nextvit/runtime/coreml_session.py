@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -10,7 +11,7 @@ from nextvit.data.images import pixels
 from nextvit.errors import UserError
 from nextvit.extras import need, version
 from nextvit.metadata import Metadata
-from nextvit.runtime.session import Setup, insist_on_seal, own_precision
+from nextvit.runtime.session import Setup, as_named, insist_on_seal, joined, own_precision
 
 METADATA_KEY = "nextvit"
 UNITS = {"auto": "ALL", "cpu": "CPU_ONLY", "gpu": "CPU_AND_GPU", "ane": "CPU_AND_NE"}
@@ -42,11 +43,13 @@ class CoreMLSession:
         own = own_precision(self.metadata, precision, "CoreML")
         self.setup = Setup(f"coreml, coremltools {version('coremltools')}", UNITS[device].lower(), own, threads or 0)
 
-    def __call__(self, batch: np.ndarray) -> np.ndarray:
-        answers, output = [], "classes" if self.metadata.gives_classes else "logits"
+    def __call__(self, batch: np.ndarray) -> Any:
+        answers = []
         for image in batch:
             given = image[None]
             if self.metadata.in_channels == 3:
                 given = Image.fromarray(pixels(image, self.metadata.preprocess))
-            answers.append(self._model.predict({"image": given})[output])
-        return np.concatenate(answers).astype(np.int32 if self.metadata.gives_classes else np.float32)
+            found = self._model.predict({"image": given})
+            dtype = np.int32 if self.metadata.gives_classes else np.float32
+            answers.append(as_named([found[name].astype(dtype) for name in self.metadata.outputs], self.metadata))
+        return joined(answers)

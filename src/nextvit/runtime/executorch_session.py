@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from nextvit.devices import cpu_count
 from nextvit.errors import UserError
 from nextvit.extras import need, version
 from nextvit.metadata import Metadata
-from nextvit.runtime.session import Setup, insist_on_cpu, insist_on_seal, own_precision
+from nextvit.runtime.session import Setup, as_named, insist_on_cpu, insist_on_seal, joined, own_precision
 
 METADATA_METHOD, SEAL_METHOD = "nextvit", "sha256"
 LARGEST_BATCH = 8  # of a file with a free batch; larger ones are run in parts
@@ -60,7 +61,7 @@ class ExecuTorchSession:
         self.setup = Setup(f"executorch {version('executorch')}, xnnpack", "cpu", own, count)
         OPEN.add(self)
 
-    def __call__(self, batch: np.ndarray) -> np.ndarray:
+    def __call__(self, batch: np.ndarray) -> Any:
         height, width = self.metadata.sides(batch.shape)
         if height > self._largest[0] or width > self._largest[1]:
             told = f"this file takes up to {self._largest[0]} x {self._largest[1]} pixels, not {height} x {width}"
@@ -70,7 +71,8 @@ class ExecuTorchSession:
         parts = [batch[start : start + LARGEST_BATCH] for start in range(0, len(batch), LARGEST_BATCH)]
         tensors = [torch.from_numpy(np.ascontiguousarray(part)) for part in parts]
         try:
-            return np.concatenate([self._method.execute([tensor])[0].numpy().copy() for tensor in tensors])
+            found = [[part.numpy().copy() for part in self._method.execute([tensor])] for tensor in tensors]
+            return joined([as_named(arrays, self.metadata) for arrays in found])
         except RuntimeError as error:
             shape = "x".join(map(str, batch.shape))
             raise UserError(f"this file does not take an input of {shape}; was it exported for one size?") from error

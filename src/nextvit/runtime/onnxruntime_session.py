@@ -1,6 +1,7 @@
 """An ONNX file on ONNX Runtime."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -9,7 +10,7 @@ from nextvit.errors import UserError
 from nextvit.extras import need
 from nextvit.files import check_seal
 from nextvit.metadata import Metadata
-from nextvit.runtime.session import Setup, no_metadata, own_precision
+from nextvit.runtime.session import Setup, as_named, no_metadata, own_precision
 
 METADATA_KEY = "nextvit"
 PROVIDERS = {  # by --device; all but the CPU come with other builds of ONNX Runtime
@@ -62,5 +63,5 @@ class OnnxRuntimeSession:
         self.fixed_batch = batch if isinstance(batch, int) else None
         self.setup = Setup(f"onnxruntime {ort.__version__}", place, own, options.intra_op_num_threads)
 
-    def __call__(self, batch: np.ndarray) -> np.ndarray:
-        return self._session.run(None, {self._input: batch})[0]
+    def __call__(self, batch: np.ndarray) -> Any:
+        return as_named(self._session.run(list(self.metadata.outputs), {self._input: batch}), self.metadata)

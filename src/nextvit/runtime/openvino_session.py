@@ -13,7 +13,7 @@ from nextvit.errors import NotHere, UserError
 from nextvit.extras import need
 from nextvit.files import check_seal
 from nextvit.metadata import Metadata
-from nextvit.runtime.session import Setup, insist_on_cpu, no_metadata
+from nextvit.runtime.session import Setup, as_named, insist_on_cpu, joined, no_metadata
 
 METADATA_KEY = "nextvit"
 HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
@@ -135,9 +135,11 @@ class OpenVINOSession:
             self._kept.popitem(last=False)
         return self._kept[shape]
 
-    def __call__(self, batch: np.ndarray) -> np.ndarray:
+    def __call__(self, batch: np.ndarray) -> Any:
         if self._config["PERFORMANCE_HINT"] == "LATENCY":
-            return next(iter(self._requests(batch.shape)[0].infer([batch]).values())).copy()
+            request = self._requests(batch.shape)[0]
+            request.infer([batch])
+            return self._outputs(request)
         size = self._part or -(-len(batch) // self._streams)
         parts = [batch[start : start + size] for start in range(0, len(batch), size)]
         outputs = []
@@ -148,5 +150,9 @@ class OpenVINOSession:
                 running[-1].start_async([part])
             for request in running:
                 request.wait()
-                outputs.append(request.get_output_tensor().data.copy())
-        return np.concatenate(outputs)
+                outputs.append(self._outputs(request))
+        return joined(outputs)
+
+    def _outputs(self, request: Any) -> Any:
+        count = len(self.metadata.outputs)
+        return as_named([request.get_output_tensor(place).data.copy() for place in range(count)], self.metadata)

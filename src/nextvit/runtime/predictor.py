@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,12 +26,13 @@ from nextvit.devices import cpu_count
 from nextvit.errors import UserError
 from nextvit.heads.units import resized
 from nextvit.runtime.open import open_session
-from nextvit.runtime.session import Session
+from nextvit.runtime.session import Session, joined
 from nextvit.tasks import classify
 from nextvit.tasks.classify import Classification
+from nextvit.tasks.detect import Detections, decode, detect
 from nextvit.tasks.segment import Segmentation, class_map, enlarged_argmax, tiled_map
 
-Result = Classification | Segmentation
+Result = Classification | Segmentation | Detections
 
 
 class Predictor:
@@ -42,7 +44,7 @@ class Predictor:
 
     @property
     def task(self) -> str:
-        """ "classify" or "segment"."""
+        """ "classify", "segment" or "detect"."""
         return self.metadata.task
 
     @property
@@ -50,9 +52,18 @@ class Predictor:
         """Names of the classes, in the order of the outputs; their numbers where the file has no names."""
         return list(self.metadata.labels) or [str(index) for index in range(self.metadata.num_classes)]
 
-    def run(self, batch: np.ndarray) -> np.ndarray:
+    def insist_on_answers(self) -> None:
+        """Raise UserError for a file that holds a part of a network."""
+        if self.metadata.gives_maps:
+            raise UserError(
+                "this file is backbone and feature pyramid alone, and what makes objects of its maps is not in it; "
+                "`run` gives the maps, an ONNX or OpenVINO file of the network gives objects."
+            )
+
+    def run(self, batch: np.ndarray) -> Any:
         """float32 (B, 3, H, W), already normalised -> the raw outputs: (B, classes) logits; of segmentation (B,
-        classes, H / 4, W / 4), or int32 (B, H, W) of a file that gives classes.
+        classes, H / 4, W / 4), or int32 (B, H, W) of a file that gives classes; of detection a dict an image: boxes
+        (N, 4) in pixels of the batch, labels (N,), scores (N,), masks (N, 28, 28).
 
         A file that prepares images itself takes uint8 (B, H, W, 3) of any size instead.
         """
@@ -71,7 +82,9 @@ class Predictor:
         batch = np.ascontiguousarray(batch)
         size = self.session.fixed_batch
         parts = [batch] if size is None else [batch[start : start + size] for start in range(0, len(batch), size)]
-        outputs = np.concatenate([self.session(part) for part in parts])
+        outputs = joined([self.session(part) for part in parts])
+        if self.task == "detect":
+            return outputs
         if not self.metadata.gives_classes and outputs.shape[1] != self.metadata.num_classes:
             raise UserError(
                 f"the file gives {outputs.shape[1]} outputs, and its metadata names {self.metadata.num_classes} "
@@ -105,17 +118,35 @@ class Predictor:
         """
         if self.task != "segment":
             raise UserError(f"this model is for the task {self.task!r}; use predict.")
+        if tile is None:
+            found: Segmentation = self._whole(read_image(image))
+            return found
         if self.metadata.in_channels != 3:
             raise UserError(f"this model takes {self.metadata.in_channels} input channels and no RGB images; use run.")
-        if tile is None:
-            return self._segmented(class_map(self.run, read_image(image), self.metadata))
         return self._segmented(tiled_map(self.run, read_image(image, most=MAX_TILED_PIXELS), self.metadata, tile))
+
+    def detect(self, image: ImageSource) -> Detections:
+        """The objects of one image, in its own pixels. Raises ImageRejected."""
+        if self.task != "detect":
+            raise UserError(f"this model is for the task {self.task!r}; use predict.")
+        return self._whole(read_image(image))
+
+    def _whole(self, image: Image.Image) -> Any:
+        """The answer of a dense task to one image."""
+        if self.metadata.in_channels != 3:
+            raise UserError(f"this model takes {self.metadata.in_channels} input channels and no RGB images; use run.")
+        self.insist_on_answers()
+        if self.task == "detect":
+            return detect(self.run, image, self.metadata, tuple(self.labels))
+        return self._segmented(class_map(self.run, image, self.metadata))
 
     def _segmented(self, classes: np.ndarray) -> Segmentation:
         return Segmentation(classes, tuple(self.labels))
 
-    def decoded(self, outputs: np.ndarray, sides: tuple[int, int], size: tuple[int, int]) -> Result:
+    def decoded(self, outputs: Any, sides: tuple[int, int], size: tuple[int, int]) -> Result:
         """The result of one image of `size` = (H, W) from the raw outputs for it whole, resized to `sides`."""
+        if self.task == "detect":
+            return decode(outputs[0], sides, size, tuple(self.labels))
         if self.task == "classify":
             return classify.decode(outputs, self.labels)[0]
         if self.metadata.gives_classes:
@@ -129,8 +160,8 @@ class Predictor:
             raise UserError("predict takes a list of images; put a single one into a list.")
         if not images:
             return []
-        if self.task == "segment":
-            return [self.segment(image) for image in images]
+        if self.task != "classify":
+            return [self._whole(read_image(image)) for image in images]
         return self.answer([self.prepare(image) for image in images])
 
     def stream(
@@ -141,8 +172,8 @@ class Predictor:
         Files are decoded and preprocessed in `workers` threads (None: one a core) while the model runs; a few batches
         at most are held. tile: see `segment`; such images are decoded one at a time.
         """
-        if self.task == "segment":
-            yield from self._stream_maps(files, workers or cpu_count(), tile)
+        if self.task != "classify":
+            yield from self._stream_whole(files, workers or cpu_count(), tile)
             return
         if self.metadata.takes_pixels:
             batch_size = 1  # whole images, which may be large
@@ -162,11 +193,9 @@ class Predictor:
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def _stream_maps(
+    def _stream_whole(
         self, files: Sequence[Path], workers: int, tile: int | None
-    ) -> Iterator[tuple[Path, Segmentation | str]]:
-        if self.metadata.in_channels != 3:
-            raise UserError(f"this model takes {self.metadata.in_channels} input channels and no RGB images; use run.")
+    ) -> Iterator[tuple[Path, Segmentation | Detections | str]]:
         if tile is not None:
             for file in files:
                 try:
@@ -184,7 +213,7 @@ class Predictor:
                         return
                     file, image = waiting.popleft()
                     try:
-                        yield file, self._segmented(class_map(self.run, image.result(), self.metadata))
+                        yield file, self._whole(image.result())
                     except ImageRejected as error:
                         yield file, str(error)
             finally:

@@ -1,11 +1,15 @@
 """A session: an open model on one runtime, with what it was really opened with."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+from PIL import Image
 
+from nextvit.data.images import normalise
+from nextvit.data.scenes import compose
 from nextvit.errors import NotHere, UserError
 from nextvit.files import check_seal
 from nextvit.metadata import Metadata
@@ -51,18 +55,38 @@ def insist_on_latency(hint: str, runtime: str) -> None:
 
 
 def random_input(metadata: Metadata, batch: int, image_size: int, rng: np.random.Generator) -> np.ndarray:
-    """Noise of the kind and shape that a file takes."""
+    """Noise of the kind and shape that a file takes; for a detector, whose time is that of what it finds, a scene."""
     shape = metadata.input_shape(batch, image_size, image_size)
+    if metadata.task == "detect":
+        image = np.asarray(Image.fromarray(compose("val", 0).image).resize(shape[:1:-1], Image.Resampling.BILINEAR))
+        channels = normalise(image, metadata.preprocess)[np.arange(metadata.in_channels) % 3]
+        return np.ascontiguousarray(np.tile(channels, (batch, 1, 1, 1)))
     if metadata.takes_pixels:
         return rng.integers(0, 256, shape, np.uint8)
     return rng.standard_normal(shape, np.float32)
 
 
+def as_named(arrays: Sequence[np.ndarray], metadata: Metadata) -> Any:
+    """What a session gives, of all that a file gave: one array, or of a detector a list of one dict by name."""
+    if len(metadata.outputs) == 1:
+        return arrays[0]
+    return [dict(zip(metadata.outputs, arrays, strict=True))]
+
+
+def joined(outputs: Sequence[Any]) -> Any:
+    """What a session gives for parts of a batch, as for the whole."""
+    if isinstance(outputs[0], np.ndarray):
+        return np.concatenate(outputs)
+    return [one for part in outputs for one in part]
+
+
 class Session(Protocol):
-    """float32 (B, C, H, W), normalised, or what else its metadata says -> the raw outputs."""
+    """float32 (B, C, H, W), normalised, or what else its metadata says -> the raw outputs; of a detector a dict an
+    image, with boxes, labels, scores and masks.
+    """
 
     metadata: Metadata
     setup: Setup
     fixed_batch: int | None  # the only batch that a file of fixed size takes; None: any
 
-    def __call__(self, batch: np.ndarray) -> np.ndarray: ...
+    def __call__(self, batch: np.ndarray) -> Any: ...

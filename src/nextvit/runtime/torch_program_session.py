@@ -12,8 +12,9 @@ import torch
 from nextvit.data.images import ImageRejected
 from nextvit.devices import set_threads
 from nextvit.errors import UserError
+from nextvit.extras import need
 from nextvit.metadata import Metadata
-from nextvit.runtime.session import Setup, insist_on_cpu, insist_on_seal, own_precision
+from nextvit.runtime.session import Setup, as_named, insist_on_cpu, insist_on_seal, own_precision
 from nextvit.trust import read_trusted
 
 METADATA_ENTRY = "extra/nextvit.json"
@@ -37,6 +38,8 @@ class TorchProgramSession:
         own = own_precision(self.metadata, precision, "torch")
         kind = "AOTInductor" if compiled else "program"
         self.setup = Setup(f"torch {torch.__version__.partition('+')[0]}, {kind}", "cpu", own, set_threads(threads))
+        if self.metadata.task == "detect":
+            need("torchvision", extra="detect")  # whose operators are in it
         try:
             self._run, self.fixed_batch = _open_package(data) if compiled else _open_program(data)
         except Exception as error:  # what torch raises on a program that it cannot read has no common kind
@@ -44,11 +47,13 @@ class TorchProgramSession:
                 f"{path} cannot be opened by torch {torch.__version__}; export it again, on this kind of machine."
             ) from error
 
-    def __call__(self, batch: np.ndarray) -> np.ndarray:
+    def __call__(self, batch: np.ndarray) -> Any:
         set_threads(self.setup.threads)  # they are the process's, and another session may have other ones
         with torch.inference_mode():
             try:
-                return self._run(torch.from_numpy(batch)).numpy()
+                found = self._run(torch.from_numpy(batch))
+                arrays = [part.numpy() for part in (found if isinstance(found, list | tuple) else [found])]
+                return as_named(arrays, self.metadata)
             except (AssertionError, RuntimeError) as error:
                 shape = "x".join(map(str, batch.shape))
                 kind = ImageRejected if self.metadata.takes_pixels else UserError  # one image, and others may do

@@ -1,6 +1,7 @@
 """A model on torch, eager or folded."""
 
 import copy
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 from nextvit.devices import DTYPES, insist_on_compiler, pick_device, pick_precision, set_threads
 from nextvit.folding import fold
-from nextvit.networks import Network
+from nextvit.networks import Network, as_arrays, as_asked
 from nextvit.runtime.session import Setup
 
 MANY = 10_000  # compilations in one process
@@ -34,7 +35,7 @@ class TorchSession:
         )
         self._dtype = DTYPES[chosen]
         network = copy.deepcopy(model).eval() if kind == "eager" else fold(model)
-        self._model = _in_dtype(network, self._dtype).to(place)
+        self._model = as_asked(_in_dtype(network, self._dtype).to(place))
         if kind == "compiled":
             if place.type == "cpu":
                 insist_on_compiler()
@@ -43,11 +44,11 @@ class TorchSession:
             self._model.compile(dynamic=False)
         self._place = place
 
-    def __call__(self, batch: np.ndarray) -> np.ndarray:
+    def __call__(self, batch: np.ndarray) -> Any:
         set_threads(self.setup.threads)  # they are the process's, and another session may have other ones
         with torch.inference_mode():
             images = torch.from_numpy(batch).to(self._place, self._dtype, memory_format=torch.channels_last)
-            return self._model(images).float().cpu().numpy()
+            return as_arrays(self._model(images))
 
 
 def _in_dtype(model: Network, dtype: torch.dtype) -> Network:
