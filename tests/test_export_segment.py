@@ -168,7 +168,7 @@ def test_images_to_calibrate_on_are_centres_with_the_labels_of_the_same_pixels(m
     assert found.measure[3].shape == (1, 3, 64, 64)
     truth = found.measure.truth
     assert truth.shape == (12, 64, 64)
-    labels = found.measure.masks.labelled(3)[1]
+    labels = found.measure.truths.labelled(3)[1]
     np.testing.assert_array_equal(truth[3], labels[::3, ::3])  # 192 to 64 pixels, by the upper left corner
     assert set(np.unique(truth)) <= {*range(CLASSES), IGNORED}
 

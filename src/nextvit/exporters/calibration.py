@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from nextvit.data.images import (
     read_image,
 )
 from nextvit.data.masks import IGNORED, MaskSplit
+from nextvit.data.objects import ObjectSplit
 from nextvit.data.sets import default_eval_split, read_split
 from nextvit.data.shards import are_shards
 from nextvit.data.split import Split
@@ -29,12 +31,13 @@ from nextvit.exporters.parity import with_channels
 from nextvit.metadata import Metadata
 from nextvit.networks import Network, backbone_of
 from nextvit.progress import track
+from nextvit.tasks.detect import prepared
 
 FEWEST = 32  # images that ranges of activations can be taken from
 CALIBRATED = 300  # images at most; more hardly change the ranges
 TUNED = 3000  # at most, to fine-tune on
 MEASURED = 1000  # at most
-CALIBRATED_MAPS, MEASURED_MAPS = 100, 200  # the same of segmentation, where each has many pixels
+CALIBRATED_DENSE, MEASURED_DENSE = 100, 200  # the same of dense tasks, where each has many answers
 STRANGE = (
     0.35  # standard deviations off: images of one class come to 0.1, other photographs to 0.4, inverted ones to 0.8
 )
@@ -42,14 +45,14 @@ STRANGE = (
 
 @dataclass(frozen=True)
 class Images:
-    """Images that can be read, with their truth where it is known: the index of the class, or of segmentation the place
-    in a split with masks. Decoded anew each time.
+    """Images that can be read, with their truth where it is known: the index of the class, or of dense tasks the place
+    in a split with masks or objects. Decoded anew each time.
     """
 
     sources: tuple[ImageSource | bytes, ...]
     targets: tuple[int, ...] | None
     metadata: Metadata
-    masks: MaskSplit | None = None
+    truths: MaskSplit | ObjectSplit | None = None
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -57,23 +60,28 @@ class Images:
     def __getitem__(self, index: int) -> np.ndarray:
         """float32 (1, channels, image_size, image_size), or what else a file of this metadata takes.
 
-        For segmentation the centre of the image, which is resized as for evaluation.
+        For segmentation the centre of the image, which is resized as for evaluation; for detection all of it, of any
+        size.
         """
+        if self.metadata.task == "detect":
+            return with_channels(prepared(read_image(self.sources[index]), self.metadata)[0], self.metadata.in_channels)
         batch = as_taken(read_image(self.sources[index]), self.metadata)[None]
         if self.metadata.task == "segment":
             batch = centre(batch, self.metadata.preprocess.image_size, 0.0)
         return batch if self.metadata.takes_pixels else with_channels(batch, self.metadata.in_channels)
 
     @property
-    def truth(self) -> np.ndarray | None:
-        """int (N,), or of segmentation uint8 (N, image_size, image_size); None: it is not known."""
+    def truth(self) -> Any:
+        """int (N,), of segmentation uint8 (N, image_size, image_size), of detection Objects; None: it is not known."""
         if self.targets is None:
             return None
-        if self.masks is None:
+        if self.truths is None:
             return np.asarray(self.targets)
+        if isinstance(self.truths, ObjectSplit):
+            return [self.truths.objects(index) for index in self.targets]
         p, found = self.metadata.preprocess, []
         for index in self.targets:
-            image, labels = self.masks.labelled(index)
+            image, labels = self.truths.labelled(index)
             size = fitted(np.asarray(image), p.image_size, p.long_side or p.image_size).shape[:2]
             found.append(centre(nearest(labels, size), p.image_size, IGNORED))
         return np.stack(found)
@@ -108,7 +116,7 @@ def read_calibration(
         notes = []
     else:
         raise UserError("calibration takes a folder of images, or a list of images.")
-    calibrated, measured = (CALIBRATED, MEASURED) if metadata.task == "classify" else (CALIBRATED_MAPS, MEASURED_MAPS)
+    calibrated, measured = (CALIBRATED, MEASURED) if metadata.task == "classify" else (CALIBRATED_DENSE, MEASURED_DENSE)
     train, bad = _readable(_spread(first, TUNED if tune else calibrated), "read calibration images")
     first = _spread(train, calibrated)
     second, more = _readable(_spread(second, measured), "read images to measure on")
@@ -134,7 +142,7 @@ def _of_folder(source: str, metadata: Metadata) -> tuple[Images, Images, list[st
         if are_shards(source):
             raise
         files = Images(tuple(image_files(data_root(source))), None, metadata)
-        truth = "classes" if metadata.task == "classify" else "masks"
+        truth = {"classify": "classes", "segment": "masks", "detect": "objects"}[metadata.task]
         note = (
             f"accuracy is taken as agreement with the float model, because the images have no known {truth} ({error})"
         )
@@ -144,7 +152,7 @@ def _of_folder(source: str, metadata: Metadata) -> tuple[Images, Images, list[st
 
 
 def _images(split: Split, metadata: Metadata) -> Images:
-    if isinstance(split, MaskSplit):
+    if isinstance(split, MaskSplit | ObjectSplit):
         return Images(split.files, tuple(range(len(split))), metadata, split)
     if split.places is None:
         return Images(split.files, split.targets, metadata)
@@ -176,8 +184,8 @@ def _readable(images: Images, label: str) -> tuple[Images, list[str]]:
     good, bad = [], []
     for index, source in enumerate(track(images.sources, total=len(images), label=label)):
         try:
-            if images.masks is not None and images.targets is not None:
-                images.masks.labelled(images.targets[index])
+            if images.truths is not None and images.targets is not None:
+                images.truths.labelled(images.targets[index])
             else:
                 read_image(source)
             good.append(index)
@@ -188,7 +196,9 @@ def _readable(images: Images, label: str) -> tuple[Images, list[str]]:
 
 def _oddities(images: Images, model: Network) -> list[str]:
     """What the images are not: different from each other, or like those that the network was trained on."""
-    sample = np.concatenate(list(_spread(images, 64 if images.metadata.task == "classify" else 16)))
+    dense, side = images.metadata.task != "classify", images.metadata.preprocess.image_size
+    some = list(_spread(images, 16 if dense else 64))
+    sample = np.concatenate([centre(image, side, 0.0) for image in some] if dense else some)
     if sample.std(axis=0).max() < 1e-3:
         raise UserError("all calibration images are the same; give such images as the model will see.")
     backbone = backbone_of(model)

@@ -17,6 +17,7 @@ from nextvit.exporters.object_parity import LOOSEST, ObjectParity
 from nextvit.exporters.parity import Parity, real_images
 from nextvit.metadata import Metadata
 from nextvit.networks import Network, as_arrays, as_asked
+from nextvit.tasks.detect import prepared
 
 PHOTOGRAPH = 10  # of `real_images`: the first that is no garment
 HINTS = {"fp32": "f32", "fp16": "f32", "bf16": "bf16", "int8": "f32"}  # of OpenVINO, for what is left in float
@@ -239,16 +240,14 @@ def _write_objects(
 ) -> None:
     """The same of detection, on a scene: objects are those expected by the bounds that parity was held to."""
     p, least = metadata.preprocess, 0.0
-    image = preprocess(Image.fromarray(compose("val", 0).image), p)
-    if metadata.fixed_sides:
-        image = np.pad(image, ((0, 0), *((0, p.image_size - side) for side in image.shape[1:])))
+    image, _ = prepared(Image.fromarray(compose("val", 0).image), metadata)
     with torch.inference_mode():
-        (found,) = as_arrays(as_asked(model)(torch.from_numpy(image[None])))
+        (found,) = as_arrays(as_asked(model)(torch.from_numpy(image)))
     bound = LOOSEST
     if isinstance(parity, ObjectParity) and parity.live:
         bound = parity.bound or LOOSEST
         least = bound.agreement if parity.bound else max(0.0, 100 - 2 * (100 - parity.agreement))
-    Image.fromarray(pixels(image, p)).save(folder / "image.png")
+    Image.fromarray(pixels(image[0], p)).save(folder / "image.png")
     expected = {
         "mean": p.mean,
         "std": p.std,

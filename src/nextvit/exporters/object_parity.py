@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from nextvit.data.images import preprocess
 from nextvit.data.scenes import compose
 from nextvit.exporters.parity import PHOTOGRAPHS, real_images, with_channels
 from nextvit.heads.boxes import overlaps
@@ -14,7 +13,7 @@ from nextvit.metadata import Metadata
 from nextvit.networks import Network, as_arrays, as_asked
 from nextvit.progress import track
 from nextvit.runtime.session import Session, Setup
-from nextvit.tasks.detect import LEAST
+from nextvit.tasks.detect import prepared
 
 SCENES = 7  # of those that ship here, beside the photographs
 FEWEST = 10  # detections from which on agreement says something,
@@ -172,14 +171,10 @@ def _sum(rows: list[ObjectComparison]) -> ObjectComparison:
 
 def _inputs(metadata: Metadata, sides: bool) -> list[np.ndarray]:
     """Images (1, C, h, w) as a detector is given them: fitted, and padded to its size where it has one alone."""
-    p = metadata.preprocess
     scenes = [Image.fromarray(compose("val", index).image) for index in range(SCENES)]
     found = []
     for number, image in enumerate([*real_images()[PHOTOGRAPHS:], *scenes]):
         if sides and number % 3 == 2:  # cut to another shape
             image = image.crop((0, 0, image.width, max(1, image.height * 2 // 3)))
-        x = preprocess(image, p)
-        least = p.image_size if metadata.fixed_sides else LEAST
-        x = np.pad(x, ((0, 0), *((0, max(0, least - side)) for side in x.shape[1:])))
-        found.append(with_channels(x[None], metadata.in_channels))
+        found.append(with_channels(prepared(image, metadata)[0], metadata.in_channels))
     return found

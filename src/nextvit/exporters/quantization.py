@@ -5,7 +5,7 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +15,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from nextvit.average_precision import AveragePrecision, Scores
 from nextvit.backbone import NCB, NTB
+from nextvit.data.images import read_image
+from nextvit.data.objects import Objects
 from nextvit.exporters.calibration import Calibration, Images
 from nextvit.exporters.rounding import rounded
 from nextvit.extras import need
@@ -24,11 +27,13 @@ from nextvit.metadata import Metadata
 from nextvit.metrics import PixelConfusion
 from nextvit.progress import say, track
 from nextvit.runtime.session import Session
+from nextvit.tasks.detect import SURE, Detections, detect
 from nextvit.tasks.segment import enlarged_argmax
 
 RESIDUALS = r"(backbone\.)?stages\.\d+\.blocks\.\d+/Add.*"  # names of the additions that make the residual stream
 RANKED, FEWEST_RANKED = 64, 4  # images that tell which layers are sensitive,
 RANKED_PIXELS = RANKED * 224**2  # and at most so many pixels of them
+OUTSIDE = r"model/.*"  # names of what is computed outside of all layers
 ENDS = ("stem", "head", "body", "conv_seg")  # parts beside blocks and units; body: a network of timm's
 SHARES = (1 / 8, 1 / 4, 1 / 2)  # of the parts that are left in float, in turn
 
@@ -62,15 +67,28 @@ def parts_in_float(path: Path, plan: Plan) -> list[str]:
 
 def nncf_plans(form: nn.Module, calibration: Calibration, max_drop: float, truth: np.ndarray) -> Iterator[Plan]:
     """What to try in turn with NNCF where all int8 loses too much, from the fastest to the most accurate."""
+    if calibration.measure.metadata.task == "detect":
+        yield from detector_plans()
+        return
     yield Plan(float_residual=True)
     yield Plan(float_residual=True, max_drop=max_drop, truth=truth)
 
 
 def onnx_plans(form: nn.Module, calibration: Calibration, max_drop: float, truth: np.ndarray) -> Iterator[Plan]:
     """The same for ONNX graphs, in which NNCF cannot restore accuracy itself: sensitive parts stay float."""
+    if calibration.measure.metadata.task == "detect":
+        yield from detector_plans()
+        return
     yield Plan(float_residual=True)
     for plan in part_plans(form, calibration, max_drop, truth):
         yield replace(plan, float_residual=True)
+
+
+def detector_plans() -> Iterator[Plan]:
+    """The same for a detector, from its end on: what chooses boxes needs exact ones most."""
+    yield Plan(float_residual=True)
+    for parts in (("roi_head.bbox_head",), ("roi_head", "rpn_head"), ("roi_head", "rpn_head", "neck")):
+        yield Plan(float_residual=True, float_parts=parts)
 
 
 def part_plans(form: nn.Module, calibration: Calibration, max_drop: float, truth: np.ndarray) -> Iterator[Plan]:
@@ -106,11 +124,11 @@ def sensitive_parts(form: nn.Module, images: Images) -> list[str]:
 class Accuracy:
     """Of an int8 file on the images to measure on, beside its float model."""
 
-    metric: str  # "top-1" or "mIoU"; "agreement" with the float model where the truth is not known
+    metric: str  # "top-1", "mIoU" or "box AP"; "agreement" with the float model where the truth is not known
     images: int
     float_value: float  # percent
     int8_value: float  # percent
-    agreement: float  # percent of images, or of pixels, with the float model's first label
+    agreement: float  # percent of images, or of pixels, with the float model's first label; see `agreeing` for objects
 
     @property
     def drop(self) -> float:
@@ -145,7 +163,7 @@ def _quantized(graph: Any, calibration: Calibration, plan: Plan, ranges: Any) ->
     )
     options: dict[str, Any] = {
         "preset": nncf.QuantizationPreset.PERFORMANCE,
-        "ignored_scope": nncf.IgnoredScope(patterns=_left_alone(plan), validate=False),
+        "ignored_scope": nncf.IgnoredScope(patterns=_left_alone(plan, calibration.measure.metadata), validate=False),
         "subset_size": len(calibration.calibrate),
     }
     samples = nncf.Dataset(calibration.calibrate, lambda image: {"image": image})
@@ -173,9 +191,10 @@ def _quantized(graph: Any, calibration: Calibration, plan: Plan, ranges: Any) ->
         )
 
 
-def _left_alone(plan: Plan) -> list[str]:
-    """Patterns of the names of nodes that stay float."""
-    return [RESIDUALS] * plan.float_residual + [rf"{re.escape(part)}\..*" for part in plan.float_parts]
+def _left_alone(plan: Plan, metadata: Metadata) -> list[str]:
+    """Patterns of the names of nodes that stay float: of a detector what computes boxes, which is in no layer."""
+    own = [OUTSIDE] if metadata.task == "detect" else []
+    return own + [RESIDUALS] * plan.float_residual + [rf"{re.escape(part)}\..*" for part in plan.float_parts]
 
 
 def answers_of(output: np.ndarray, metadata: Metadata) -> np.ndarray:
@@ -188,14 +207,20 @@ def answers_of(output: np.ndarray, metadata: Metadata) -> np.ndarray:
     return np.stack([enlarged_argmax(torch.from_numpy(logits), (side, side)) for logits in output])
 
 
-def all_answers(session: Session, images: Images, label: str) -> np.ndarray:
-    """The same of all images, one at a time."""
+def all_answers(session: Session, images: Images, label: str) -> Any:
+    """The same of all images, one at a time; of a detector a list of Detections."""
+    if images.metadata.task == "detect":
+        names = tuple(map(str, range(images.metadata.num_classes)))
+        sources = track(images.sources, total=len(images), label=label)
+        return [detect(session, read_image(source), images.metadata, names) for source in sources]
     seen = track(images, total=len(images), label=label)
     return np.concatenate([answers_of(session(image), session.metadata) for image in seen])
 
 
-def score(answers: np.ndarray, truth: np.ndarray, metadata: Metadata) -> float:
-    """Percent: top-1, or mIoU."""
+def score(answers: Any, truth: Any, metadata: Metadata) -> float:
+    """Percent: top-1, mIoU, or AP of boxes."""
+    if metadata.task == "detect":
+        return _box_scores(answers, truth, metadata).ap or 0.0
     if metadata.task == "classify":
         return 100.0 * float((answers == truth).mean())
     counted = PixelConfusion(metadata.num_classes)
@@ -204,10 +229,41 @@ def score(answers: np.ndarray, truth: np.ndarray, metadata: Metadata) -> float:
     return counted.miou
 
 
-def accuracy(images: Images, truth: np.ndarray | None, floats: np.ndarray, int8: np.ndarray) -> Accuracy:
+def _box_scores(answers: Sequence[Detections], truth: Sequence[Objects], metadata: Metadata) -> Scores:
+    classes = range(1, metadata.num_classes + 1)
+    metrics = AveragePrecision(classes, masks=False)
+    for number, (found, objects) in enumerate(zip(answers, truth, strict=True), 1):
+        corners = objects.boxes.astype(float)
+        sides = corners[:, 2:] - corners[:, :2]
+        rows = [
+            {"category_id": classes[label], "bbox": [*corner[:2].tolist(), *side.tolist()], "area": float(side.prod())}
+            | {"iscrowd": int(crowd)}
+            for corner, side, label, crowd in zip(corners, sides, objects.labels, objects.crowd, strict=True)
+        ]
+        metrics.update(number, found.size, rows, found.as_coco(classes, masks=False))
+    return metrics.scores["box"]
+
+
+def agreeing(floats: Any, int8: Any, metadata: Metadata) -> float:
+    """Percent of images or pixels of the same first label; of detection AP at an overlap of a half, where what the
+    float model is SURE of is the truth.
+    """
+    if metadata.task != "detect":
+        return 100.0 * float((floats == int8).mean())
+    sure = [found.scores >= SURE for found in floats]
+    truth = [
+        Objects(found.boxes[which], found.classes[which], np.zeros(which.sum(), bool), ({},) * int(which.sum()))
+        for found, which in zip(floats, sure, strict=True)
+    ]
+    found = _box_scores(int8, truth, metadata).ap50
+    return 100.0 if found is None else found  # it is sure of nothing
+
+
+def accuracy(images: Images, truth: Any, floats: Any, int8: Any) -> Accuracy:
     """truth, floats, int8: what is right, and the answers of both; truth None: the float model's are."""
-    agreement, m = 100.0 * float((floats == int8).mean()), images.metadata
+    m = images.metadata
+    agreement = agreeing(floats, int8, m)
     if truth is None:
         return Accuracy("agreement", len(images), 100.0, agreement, agreement)
-    metric = "top-1" if m.task == "classify" else "mIoU"
+    metric = {"classify": "top-1", "segment": "mIoU", "detect": "box AP"}[m.task]
     return Accuracy(metric, len(images), score(floats, truth, m), score(int8, truth, m), agreement)

@@ -1,6 +1,6 @@
 """Detection and instance segmentation: the boxes of objects in an image, their classes, and a mask of each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from nextvit.metadata import Metadata
 from nextvit.tasks.segment import palette
 
 Run = Callable[[np.ndarray], Any]  # float32 (1, 3, h, w), normalised -> a dict an image; see `detect`
-SURE = 0.5  # a mask has the pixels that are at least so probable
+SURE = 0.5  # a mask has the pixels that are at least so probable; an object is sure from so high a score
 LARGEST_PICTURE = 1333  # pixels of the longer side
 LEAST = 96  # pixels a side that any file takes
 DRAWN = 0.3  # score from which on a detection is drawn
@@ -57,13 +57,13 @@ class Detections:
         ]
         return {"boxes": found}
 
-    def as_coco(self, category_ids: tuple[int, ...]) -> list[dict[str, Any]]:
-        """Entries of COCO's results, less the image."""
+    def as_coco(self, category_ids: Sequence[int], *, masks: bool = True) -> list[dict[str, Any]]:
+        """Entries of COCO's results, less the image; without masks, boxes alone."""
         rows = []
         for index, (number, score, box) in enumerate(zip(self.classes, self.scores, self.boxes, strict=True)):
             x1, y1, x2, y2 = map(float, box)
             place = {"category_id": category_ids[number], "bbox": [x1, y1, x2 - x1, y2 - y1], "score": float(score)}
-            rows.append({**place, "segmentation": self.runs(index)})
+            rows.append({**place, **({"segmentation": self.runs(index)} if masks else {})})
         return rows
 
     def drawn(self, image: Image.Image, least: float = DRAWN) -> Image.Image:
@@ -115,15 +115,21 @@ def _shares(pixels: slice, start: float, end: float, cells: int) -> np.ndarray:
 def detect(run: Run, image: Image.Image, m: Metadata, labels: tuple[str, ...]) -> Detections:
     """The objects of an image, resized as the metadata says, in its own pixels.
 
-    run: takes the image without padding, and gives a dict an image, see `decode`. A file of one size, or one that takes
-    LEAST pixels, is given the image at its upper left and 0 beside it, which is what padding is in training.
+    run: takes the image, and gives a dict an image, see `decode`. A file of one size, and any file where the image has
+    less than LEAST pixels, is given it at the upper left and 0 beside it, which is what padding is in training.
     """
+    x, sides = prepared(image, m)
+    (found,) = run(x)
+    return decode(found, sides, (image.height, image.width), labels)
+
+
+def prepared(image: Image.Image, m: Metadata) -> tuple[np.ndarray, tuple[int, int]]:
+    """float32 (1, 3, H, W), what a file takes of an image, and height and width of the image in it."""
     x = preprocess(image, m.preprocess)
     sides = x.shape[1], x.shape[2]
     least = m.preprocess.image_size if m.fixed_sides else LEAST
-    x = np.pad(x, ((0, 0), *((0, max(0, least - side)) for side in sides)))
-    (found,) = run(np.ascontiguousarray(x[None]))
-    return decode(found, sides, (image.height, image.width), labels)
+    padded = np.pad(x, ((0, 0), *((0, max(0, least - side)) for side in sides)))
+    return np.ascontiguousarray(padded[None]), sides
 
 
 def decode(
