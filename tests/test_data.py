@@ -150,7 +150,7 @@ def test_preprocessing_equals_timms(size, crop, interpolation, shape):
     "change", [{"image_size": 31}, {"crop": 0.0}, {"crop": 1.5}, {"std": (1.0, 0.0, 1.0)}, {"mean": (0.5,)}]
 )
 def test_preprocessing_that_cannot_be_done_is_refused(change):
-    with pytest.raises(UserError, match="preprocessing cannot be done"):
+    with pytest.raises(UserError, match="images cannot be prepared to"):
         Preprocess(**change)
 
 

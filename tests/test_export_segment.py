@@ -173,6 +173,21 @@ def test_images_to_calibrate_on_are_centres_with_the_labels_of_the_same_pixels(m
     assert set(np.unique(truth)) <= {*range(CLASSES), IGNORED}
 
 
+def test_masks_of_other_classes_are_not_calibrated_on(model, tmp_path):
+    for number in range(40):
+        for folder, picture in (
+            ("images", scenes.compose("val", number).image),
+            ("masks", np.zeros((192, 192), np.uint8)),
+        ):
+            path = tmp_path / "train" / folder / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(path)
+    (tmp_path / "labels.txt").write_text("one\ntwo")
+    found = read_calibration(str(tmp_path), model, model.metadata)
+    assert (len(found.calibrate), len(found.measure)) == (32, 8)
+    assert all(source.parent.name == "images" for source in (*found.calibrate.sources, *found.measure.sources))
+
+
 @pytest.mark.parametrize("ending", [".xml", pytest.param(".onnx", marks=pytest.mark.slow),
                                     pytest.param(".pte", marks=pytest.mark.slow)])  # fmt: skip
 def test_int8_is_measured_in_miou(ending, model, few, tmp_path):

@@ -183,7 +183,7 @@ def test_eval_leaves_bad_masks_out_only_when_asked(checkpoint, tmp_path):
         (["eval", "{}", "demo", "--scales", "1,x"], "--scales takes numbers above 0"),
         (["predict", "nextvit_nano", "photo.png", "--tile", 64], "--tile has no meaning for the task 'classify'"),
         (["export", "nextvit_nano", "--to", "onnx", "--class-map"], "leave --class-map out"),
-        (["export", "{}", "--to", "onnx", "--preprocess"], "do not prepare images themselves"),
+        (["export", "{}", "--to", "onnx", "--preprocess"], "do not prepare images"),
         (["train", "demo", "--task", "segment", "--recipe", "default"], "default is a recipe for the task classify"),
     ],
 )
@@ -196,8 +196,9 @@ def test_what_has_no_meaning_is_told(checkpoint, arguments, told, few_scenes, tm
 
 
 def test_published_segmenters_are_prepared_as_the_authors_evaluate():
-    assert create_model("nextvit_nano", task="segment").metadata.preprocess == DENSE
-    assert (DENSE.image_size, DENSE.long_side, DENSE.interpolation) == (512, 2048, "bilinear")
+    assert create_model("nextvit_nano", task="segment").metadata.preprocess == DENSE["segment"]
+    p = DENSE["segment"]
+    assert (p.image_size, p.long_side, p.interpolation) == (512, 2048, "bilinear")
 
 
 # ---- files of one size, files that give classes, tiles ---------------------------------------------------------------
@@ -314,6 +315,14 @@ def test_every_class_has_a_colour_of_its_own_that_is_not_black(classes):
 
 
 @pytest.mark.fault("P1", "a row for each file in order, with a mask or a reason; masks as PNG, GeoJSON, overlays")
+def test_pictures_and_masks_of_the_same_names_do_not_share_a_folder(checkpoint, tmp_path):
+    Image.fromarray(scenes.compose("val", 0).image).save(tmp_path / "a.png")
+    same = ["--save-masks", tmp_path / "out", "--save-images", tmp_path / "out"]
+    done = nextvit_here("predict", checkpoint, tmp_path / "a.png", *same)
+    assert done.returncode == 2
+    assert "a folder of its own" in done.stderr
+
+
 def test_predict_writes_rows_masks_polygons_and_overlays(checkpoint, run, tmp_path, found):
     folder = tmp_path / "in"
     folder.mkdir()

@@ -52,14 +52,18 @@ def whole(garment_folder, tmp_path_factory) -> Path:
     return run
 
 
-def start_and_signal(data: Path, run: Path, number: int, wait: float) -> tuple[int, str]:
-    """Begin the same run, send the signal `wait` seconds into its second epoch -> exit code, standard error."""
-    command = [sys.executable, "-m", "nextvit", "train", str(data), "--output", str(run), *FLAGS]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def start_and_signal(data: Path, run: Path, number: int, wait: float, *more: str) -> tuple[int, str]:
+    """Begin the same run, send the signal `wait` seconds into its second epoch -> exit code, standard error.
+
+    With more flags, to its whole process group, as `timeout` and a terminal do.
+    """
+    command = [sys.executable, "-m", "nextvit", "train", str(data), "--output", str(run), *FLAGS, *more]
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+    process = subprocess.Popen(command, **pipes)
     for line in process.stderr:
         if line.startswith("epoch 1 of 3"):
             time.sleep(wait)
-            process.send_signal(number)
+            os.killpg(process.pid, number) if more else process.send_signal(number)
             break
     _, errors = process.communicate(timeout=60)
     return process.returncode, errors
@@ -104,10 +108,11 @@ def test_resuming_after_sigkill_gives_the_same_run(whole, garment_folder, tmp_pa
 
 
 @pytest.mark.slow  # signals in each phase of a run are in test_faults
+@pytest.mark.parametrize("more", [(), ("--workers", "2")], ids=["alone", "with its loading processes"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_resuming_gives_the_same_run(number, code, whole, garment_folder, tmp_path):
+def test_a_signal_saves_and_resuming_gives_the_same_run(number, code, more, whole, garment_folder, tmp_path):
     stopped = tmp_path / "stopped"
-    found, errors = start_and_signal(garment_folder, stopped, number, wait=0.1)
+    found, errors = start_and_signal(garment_folder, stopped, number, 0.1, *more)
     assert found == code, errors
     assert f"--resume {stopped}" in errors
     state = read_weights(stopped / "last.ckpt").state

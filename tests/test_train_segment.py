@@ -87,8 +87,8 @@ def test_weights_decay_as_the_authors_had_it(name):
         ("crops: {size: 64}", "crops is not for the task classify"),
         ("head: fpn", "head is not for the task classify"),
         ("task: segment\ncrops: {scale: [2, 0.5]}", "the scale goes from the smaller to the larger number"),
-        ("task: segment\nhead: mask_rcnn", "head = 'mask_rcnn' will not do"),
-        ("task: detect", "task = 'detect' will not do"),
+        ("task: segment\nhead: mask_rcnn", "head mask_rcnn is not for the task segment; it has fpn and upernet"),
+        ("task: paint", "task = 'paint' will not do"),
     ],
 )
 def test_what_a_task_does_not_read_is_refused(text, told):
@@ -123,10 +123,10 @@ def test_a_batch_costs_the_sum_of_the_losses_over_all_pixels_and_every_parameter
     samples[:, :8, :, 3] = IGNORED
     samples[1, :, 48:] = PADDED
     batch = Batch(samples, torch.tensor([-1, -1]), torch.tensor([0, 1]), ())
-    loss = PixelObjective(Normalise(DENSE, torch.device("cpu")))(model, batch, Moment(0, 0, 0, 0))
+    loss = PixelObjective(Normalise(DENSE["segment"], torch.device("cpu")))(model, batch, Moment(0, 0, 0, 0))
     loss.backward()
     assert [key for key, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
-    images, labels = as_input(samples, Normalise(DENSE, torch.device("cpu")))
+    images, labels = as_input(samples, Normalise(DENSE["segment"], torch.device("cpu")))
     with torch.no_grad():
         maps = model.backbone(images)
         outputs = [(1.0, model.decode_head(model.neck(maps)))]
@@ -319,6 +319,29 @@ def test_a_mask_that_does_not_fit_stops_a_run_before_its_first_step(kind, tmp_pa
     flags += ["--allow-bad", "--epochs", 1]
     done = nextvit_here("train", root, "--task", "segment", "--output", tmp_path / "run", *flags)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_mask_among_those_whose_images_are_not_decoded_stops_a_run_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("nextvit.data.check.QUICK", 2)
+    root = own(tmp_path / "data")
+    Image.new("L", (40, 40), 6).save(root / "train" / "masks" / "2.png")
+    with pytest.raises(UserError, match="1 of 5 images or masks of train .*2.png has 1600 pixels"):
+        train(root, read_recipe("finetune_segment", SMALL), tmp_path / "run", machine=MACHINE)
+    torch.use_deterministic_algorithms(False)
+
+
+def test_a_folder_with_masks_is_not_taken_for_classes(tmp_path):
+    done = nextvit_here("train", own(tmp_path / "data"), "--output", tmp_path / "run", "--weights", "none")
+    assert done.returncode == 2
+    assert "laid out for the task segment; say --task segment" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("task", ["classify", "segment", "detect"])
+def test_a_check_of_nothing_says_what_is_missing(task, tmp_path):
+    done = nextvit_here("data", "check", tmp_path, "--task", task)
+    assert done.returncode == 2
+    assert str(tmp_path) in done.stderr
 
 
 def test_masks_in_which_nothing_counts_stop_a_run(tmp_path):

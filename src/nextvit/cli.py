@@ -136,6 +136,7 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Train or fine-tune on a folder of images, and keep all of it in a run folder."""
+    from nextvit.data.sets import task_of
     from nextvit.extras import need
 
     for library in ("yaml", "pydantic", "torchvision", "matplotlib"):
@@ -165,7 +166,9 @@ def train(
         chosen, run = parse_recipe(text, str(resume / "recipe.yaml")), resume
     else:
         name = recipe or (f"finetune_{task}" if task in ("segment", "detect") else "default")
-        chosen = of_task(read_recipe(name, override or [], values), task, name)
+        chosen = of_task(read_recipe(name, override or [], values), task, name if recipe else "the default recipe")
+        if task is None and chosen.task == "classify" != (laid_out := task_of(data)):
+            raise UserError(f"{data} is laid out for the task {laid_out}; say --task {laid_out}, or --task classify.")
         if image_size is not None:
             chosen = with_image_size(chosen, image_size)
         run = output or new_run_folder(data, chosen)
@@ -215,12 +218,15 @@ def data_check(
     from dataclasses import asdict
 
     from nextvit.data.check import check
-    from nextvit.data.sets import TASKS, read_splits, task_of
+    from nextvit.data.sets import TASKS, read_split, read_splits, task_of
     from nextvit.report import check_lines, write_check
 
     if task not in (None, *TASKS):
         raise UserError(f"--task takes {' or '.join(TASKS)}, not {task!r}.")
-    found = check(read_splits(data, task or task_of(data)))
+    splits = read_splits(data, task or task_of(data))
+    if not splits:
+        read_split(data, "train", task=task or "classify")  # says what is missing
+    found = check(splits)
     if output is not None:
         write_check(found, data, output)
     _show({**asdict(found), "serious": found.serious}, as_json, check_lines(found))
@@ -452,6 +458,9 @@ def predict(
     given = [flag for task, flags in only.items() if task != predictor.task for flag, value in flags.items() if value]
     if given:
         raise UserError(f"{given[0]} has no meaning for the task {predictor.task!r}; leave it out.")
+    folders = [folder for folder in (save_images, save_masks, save_polygons) if folder is not None]
+    if len({os.path.abspath(folder) for folder in folders}) < len(folders):
+        raise UserError("pictures, masks and polygons have the same names; give each a folder of its own.")
     if save_coco is not None and resume:
         raise UserError("--save-coco needs the objects of all files, so it does not go with --resume.")
     if predictor.task == "detect":

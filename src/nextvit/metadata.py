@@ -47,8 +47,9 @@ class Preprocess:
         )
         if not ok:
             raise UserError(
-                f"this preprocessing cannot be done: {self}; image_size must be 32 to {LARGEST_SIDE}, crop in (0, 1], "
-                "long_side no less."
+                f"images cannot be prepared to {self.image_size} pixels (crop {self.crop}, longest side "
+                f"{self.long_side}, {self.interpolation}, mean {self.mean}, std {self.std}); the size must be 32 to "
+                f"{LARGEST_SIDE}, the crop above 0 and at most 1, the longest side no less."
             )
 
     @property

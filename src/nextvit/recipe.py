@@ -241,6 +241,8 @@ def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
 
 def of_task(recipe: Recipe, task: str | None, source: str) -> Recipe:
     """The recipe, once it is clear that it is for the task; None: for its own."""
+    if task is not None and task not in HEADS:
+        raise UserError(f"there is no task {task!r}; take one of {', '.join(HEADS)}.")
     if task not in (None, recipe.task):
         raise UserError(f"{source} is a recipe for the task {recipe.task}, and --task says {task}; leave one out.")
     return recipe

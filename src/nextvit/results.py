@@ -164,7 +164,8 @@ def write_coco(path: Path, found: Sequence[tuple[Path, Detections]]) -> None:
 
 def write_polygons(answer: Segmentation, path: Path) -> None:
     """The regions of each class as GeoJSON has them, in pixels."""
-    write_text(path, json.dumps(answer.polygons()))
+    with replacing(path) as unfinished, open(unfinished, "w", encoding="utf-8") as stream:
+        stream.writelines(answer.geojson())
 
 
 def draw(file: Path, answer: Result, path: Path) -> None:

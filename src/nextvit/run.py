@@ -308,8 +308,8 @@ def _insist_on_same(
         before = state["data"][key]
         if before != now:
             raise UserError(
-                f"{folder} was trained with other {key} ({before}, now {now}); give the same data, or start a new run "
-                f"with --weights {folder / WEIGHTS}."
+                f"{folder} was trained with other {key} ({before!s:.80}, now {now!s:.80}); give the same data, or "
+                f"start a new run with --weights {folder / WEIGHTS}."
             )
     for key, (before, now) in changed(state["recipe"], to_dict(recipe)).items():
         if key in meant:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from nextvit.data.images import ImageRejected, printable
+from nextvit.data.images import ImageRejected, printable, upright_size
 from nextvit.data.masks import IGNORED, MaskSplit
 from nextvit.data.objects import Objects, ObjectSplit
 from nextvit.data.split import UNLABELLED, Split
@@ -23,7 +24,7 @@ from nextvit.progress import track
 
 T = TypeVar("T")
 Truth = np.ndarray | Objects | None  # the label of each pixel; the objects; nothing, of classification
-QUICK = 2_000  # images that training decodes before it starts
+QUICK = 2_000  # images that training decodes before it starts, and all masks
 QUICK_FILES = 20_000  # and files that it compares across splits
 MOST_UNREADABLE = 0.01  # of the images, and of the objects
 SMALL_SIDE = 32  # pixels
@@ -160,6 +161,10 @@ def _teaches(image: Image.Image, truth: Truth) -> bool:
     return labels is not None and bool((labels != IGNORED).any())
 
 
+def _mask_teaches(split: MaskSplit, index: int) -> bool:
+    return bool((split.labels_of(index, upright_size(split.files[index])) != IGNORED).any())
+
+
 def _left(a: np.ndarray, b: np.ndarray) -> float:
     """Levels, root mean square, by which two grey pictures differ when brightness and contrast are made the same."""
     a, b = (values - values.mean() for values in (a.astype(float), b.astype(float)))
@@ -218,10 +223,13 @@ def _insist(split: Split, allow_bad: bool, strict: bool) -> list[str]:
         raise UserError(f"{len(split.faults)} entries of {split.name} fit nothing: {first_few(split.faults)}. {cure}")
     chosen = np.unique(np.linspace(0, len(split) - 1, min(QUICK, len(split))).astype(int))
     looked = [found for _, found in _each(split, chosen.tolist(), _teaches)]
+    if isinstance(split, MaskSplit) and len(chosen) < len(split):  # of the others the masks alone
+        rest = np.setdiff1d(np.arange(len(split)), chosen).tolist()
+        looked += [found for _, found in _by_index(rest, f"check masks of {split.name}", partial(_mask_teaches, split))]
     bad = [found for found in looked if isinstance(found, str)]
     if len(bad) > (0 if strict or masks else MOST_UNREADABLE * len(chosen)) and not allow_bad:
         raise UserError(
-            f"{len(bad)} of {len(chosen)} images{OR_MASKS * masks} of {split.name} cannot be read: {bad[0]} {cure}"
+            f"{len(bad)} of {len(looked)} images{OR_MASKS * masks} of {split.name} cannot be read: {bad[0]} {cure}"
         )
     if (masks or objects) and not any(found is True for found in looked):
         what = "masks of {} has a pixel with a class" if masks else "images of {} has an object"
@@ -241,15 +249,18 @@ def _each(
 ) -> Iterator[tuple[int, T | str]]:
     """(index, what `look` makes of image and labels, or why they cannot be used), in order; decoded by all cores."""
 
+    return _by_index(indices, f"check {split.name}", lambda index: look(*split.labelled(index)))
+
+
+def _by_index(indices: Sequence[int], label: str, look: Callable[[int], T]) -> Iterator[tuple[int, T | str]]:
     def one(index: int) -> tuple[int, T | str]:
         try:
-            return index, look(*split.labelled(index))
+            return index, look(index)
         except ImageRejected as error:
             return index, str(error)
 
     with ThreadPoolExecutor(cpu_count()) as pool:  # decoding leaves Python alone
-        found = pool.map(one, indices)
-        yield from track(found, total=len(indices), label=f"check {split.name}", unit="images")
+        yield from track(pool.map(one, indices), total=len(indices), label=label, unit="images")
 
 
 def _equal(splits: Sequence[Split]) -> tuple[list[list[Path]], list[list[Path]]]:

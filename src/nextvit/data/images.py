@@ -101,6 +101,15 @@ def read_image(
         raise ImageRejected(f"{name} cannot be read: it is damaged or not of {', '.join(FORMATS)}.") from error
 
 
+def upright_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Width and height of the image as `read_image` gives it, by its header; ImageRejected where there is none."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return image.size if _orientation(image) < 5 else image.size[::-1]
+    except Exception as error:  # decoders raise many kinds on crafted files
+        raise ImageRejected(f"{printable(path)} cannot be read: it is damaged, or no image.") from error
+
+
 def _opened(source: Any, most: int) -> Image.Image:
     """Pillow's own limit, 179 million pixels, gives way where the caller has a larger one."""
     kept = Image.MAX_IMAGE_PIXELS

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -119,9 +120,19 @@ def batches(
         num_workers=workers,
         collate_fn=_Collate(split),
         pin_memory=pin_memory,
+        worker_init_fn=_deaf_once,
         generator=torch.Generator(),  # of its own: the loader would draw from the one that the model uses
     )
     return iter(loader)
+
+
+def _deaf_once(_: int) -> None:
+    """A loading process goes on at the first SIGTERM, which its whole group is sent: the step under way needs it."""
+
+    def heard(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, heard)
 
 
 def loaders(workers: int | None, device: torch.device, batch_bytes: int) -> int:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,8 @@ from nextvit.networks import Network, backbone_of
 from nextvit.progress import track
 from nextvit.tasks.detect import prepared
 
+MASKS = {"masks", "annotations"}  # folders of masks
+TEXTS = (".json", ".txt", ".xml", ".csv", ".yaml")
 FEWEST = 32  # images that ranges of activations can be taken from
 CALIBRATED = 300  # images at most; more hardly change the ranges
 TUNED = 3000  # at most, to fine-tune on
@@ -141,7 +144,7 @@ def _of_folder(source: str, metadata: Metadata) -> tuple[Images, Images, list[st
     except UserError as error:
         if are_shards(source):
             raise
-        files = Images(tuple(image_files(data_root(source))), None, metadata)
+        files = Images(tuple(_images_alone(source, metadata)), None, metadata)
         truth = {"classify": "classes", "segment": "masks", "detect": "objects"}[metadata.task]
         note = (
             f"accuracy is taken as agreement with the float model, because the images have no known {truth} ({error})"
@@ -149,6 +152,14 @@ def _of_folder(source: str, metadata: Metadata) -> tuple[Images, Images, list[st
         return *_every_fifth(files), [note.rstrip(".")]
     first, second = (_images(split, metadata) for split in pair)
     return first, second, [note for split in pair for note in split.notes]
+
+
+def _images_alone(source: str, metadata: Metadata) -> list[Path]:
+    """All images of a folder whose truth does not fit: not the masks, nor what tells of objects."""
+    root = data_root(source)
+    if metadata.task == "segment":
+        return [path for path in image_files(root) if not MASKS & set(path.relative_to(root).parts[:-1])]
+    return [path for path in image_files(root) if path.suffix.lower() not in TEXTS]
 
 
 def _images(split: Split, metadata: Metadata) -> Images:

@@ -15,11 +15,13 @@ LARGEST_IMAGE = 2048  # pixels a side, of a file that prepares images itself
 
 
 def write(job: Job) -> Written:
-    """Write a `.pte`. Memory for free sides is planned now, for twice the model's own size, or for LARGEST_IMAGE."""
+    """Write a `.pte`. Memory for free sides is planned now: for twice the model's own size, for the longest side that
+    images are resized to, or for LARGEST_IMAGE.
+    """
     exir = need("executorch.exir", extra="executorch")
     partitioner = need("executorch.backends.xnnpack.partition.xnnpack_partitioner", extra="executorch")
-    twice = 2 * job.metadata.preprocess.image_size
-    side = max(LARGEST_IMAGE, twice) if job.metadata.takes_pixels else twice
+    p = job.metadata.preprocess
+    side = max(2 * p.image_size, p.long_side or 0, LARGEST_IMAGE * job.metadata.takes_pixels)
     largest = {"batch": LARGEST_BATCH, "side": side}
     network = job.network if job.calibration is None else quantized(job, largest, _quantizer(job.plan))
     with converting("executorch"):

@@ -21,6 +21,7 @@ from nextvit.runtime.session import Session, Setup
 
 LIVE = 1e-3  # outputs that vary less than this over the images, relative to their size, prove little
 BATCHES = (1, 2, 5)
+LEAST = 65  # pixels a side that every file with free ones takes
 PHOTOGRAPHS = 10  # of `real_images`: where the garments end
 
 
@@ -265,7 +266,7 @@ def _dense_inputs(metadata: Metadata, free: Free) -> Iterator[tuple[np.ndarray, 
     """Photographs alone, at the model's own size and at another one: each has thousands of answers."""
     side = metadata.preprocess.image_size
     photographs = real_images()[PHOTOGRAPHS :: 1 if metadata.task == "segment" else 3]  # five maps have many values
-    sizes = [(side, side), *([(side + 27, side + 1), (side // 2 + 9, side)] if free.sides else [])]
+    sizes = [(side, side), *([(side + 27, side + 1), (max(side // 2 + 9, LEAST), side)] if free.sides else [])]
     for number, size in enumerate(sizes):
         chosen = photographs[number :: len(sizes)]
         resized = [image.resize(size, Image.Resampling.BICUBIC) for image in chosen]

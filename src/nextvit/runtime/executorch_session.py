@@ -65,9 +65,8 @@ class ExecuTorchSession:
         height, width = self.metadata.sides(batch.shape)
         if height > self._largest[0] or width > self._largest[1]:
             told = f"this file takes up to {self._largest[0]} x {self._largest[1]} pixels, not {height} x {width}"
-            if self.metadata.takes_pixels:
-                raise ImageRejected(f"{told}; make the image smaller.")
-            raise UserError(f"{told}; export it for a larger --image-size.")
+            cure = "make the image smaller" if self.metadata.takes_pixels else "export it for a larger --image-size"
+            raise ImageRejected(f"{told}; {cure}.")
         parts = [batch[start : start + LARGEST_BATCH] for start in range(0, len(batch), LARGEST_BATCH)]
         tensors = [torch.from_numpy(np.ascontiguousarray(part)) for part in parts]
         try:

@@ -99,8 +99,10 @@ def pasted(mask: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> np.ndarr
     x1, y1, x2, y2 = map(float, box)
     if not (x2 > x1 and y2 > y1):
         return found
-    rows = slice(max(int(np.floor(y1)) - 1, 0), min(int(np.ceil(y2)) + 1, size[0]))
-    columns = slice(max(int(np.floor(x1)) - 1, 0), min(int(np.ceil(x2)) + 1, size[1]))
+    rows, columns = (
+        slice(max(int(np.floor(start)) - 1, 0), max(min(int(np.ceil(end)) + 1, side), 0))
+        for start, end, side in ((y1, y2, size[0]), (x1, x2, size[1]))
+    )
     down, across = _shares(rows, y1, y2, mask.shape[0]), _shares(columns, x1, x2, mask.shape[1])
     found[rows, columns] = down @ mask.astype(np.float64) @ across.T >= SURE
     return found

@@ -1,6 +1,7 @@
 """Semantic segmentation: one class for each pixel of an image."""
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -68,23 +69,33 @@ class Segmentation:
 
         Corners are the centres of a region's outermost pixels; holes are rings of their own behind the outer one.
         """
-        return {"type": "FeatureCollection", "features": [self._feature(number) for number in self.present]}
+        found: dict[str, Any] = json.loads("".join(self.geojson()))
+        return found
 
-    def _feature(self, number: int) -> dict[str, Any]:
+    def geojson(self) -> Iterator[str]:
+        """The same as text, in pieces: all corners of a large image as Python's numbers would take gigabytes."""
+        yield '{"type": "FeatureCollection", "features": ['
+        for place, number in enumerate(self.present):
+            properties = {"label": self.labels[number], "class": number, "pixels": int(self.pixels[number])}
+            yield f'{", " * bool(place)}{{"type": "Feature", "properties": {json.dumps(properties)}, '
+            yield '"geometry": {"type": "MultiPolygon", "coordinates": ['
+            for first, polygon in enumerate(self._regions(number)):
+                yield ", " * bool(first)
+                yield f"[{', '.join(json.dumps(ring.tolist()) for ring in polygon)}]"
+            yield "]}}"
+        yield "]}"
+
+    def _regions(self, number: int) -> Iterable[list[np.ndarray]]:
+        """Of a class: each region's outer ring, then those of its holes, (corners + 1, 2)."""
         cv2 = need("cv2", extra="segment")
         mask = (self.classes == number).astype(np.uint8)
         contours, hierarchy = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-        rings = [contour[:, 0].tolist() for contour in contours]
-        polygons: dict[int, list[list[list[int]]]] = {}
-        for index, (ring, (_, _, _, parent)) in enumerate(zip(rings, hierarchy[0], strict=True)):
-            polygons.setdefault(index if parent < 0 else int(parent), []).insert(
-                0 if parent < 0 else len(polygons.get(int(parent), [])), [*ring, ring[0]]
-            )
-        return {
-            "type": "Feature",
-            "properties": {"label": self.labels[number], "class": number, "pixels": int(self.pixels[number])},
-            "geometry": {"type": "MultiPolygon", "coordinates": list(polygons.values())},
-        }
+        polygons: dict[int, list[np.ndarray]] = {}
+        for index, (contour, (_, _, _, parent)) in enumerate(zip(contours, hierarchy[0], strict=True)):
+            ring = np.concatenate([contour[:, 0], contour[:1, 0]])
+            own = polygons.setdefault(index if parent < 0 else int(parent), [])
+            own.insert(0 if parent < 0 else len(own), ring)
+        return polygons.values()
 
     def image(self) -> Image.Image:
         """The numbers of the classes as an image with a palette; of more than 256 classes with 16 bits and none."""
