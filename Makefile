@@ -7,7 +7,7 @@ BIN = .venv/bin
 export OMP_WAIT_POLICY = passive
 export GOMP_SPINCOUNT = 0
 
-.PHONY: demo demo-segment test test-all faults lint format pin clean
+.PHONY: demo demo-segment demo-detect test test-all faults lint format pin clean
 
 demo: .venv/installed
 	@$(BIN)/python -m nextvit.demo runs/demo
@@ -15,6 +15,10 @@ demo: .venv/installed
 # Segmentation, from the weights that `make demo` leaves; where there are none, that runs first.
 demo-segment: .venv/installed runs/demo/model.safetensors
 	@$(BIN)/python -m nextvit.demo_segment runs/demo/model.safetensors runs/segment
+
+# Detection, likewise.
+demo-detect: .venv/installed runs/demo/model.safetensors
+	@$(BIN)/python -m nextvit.demo_detect runs/demo/model.safetensors runs/detect
 
 runs/demo/model.safetensors: | .venv/installed
 	@$(BIN)/python -m nextvit.demo runs/demo

@@ -28,9 +28,9 @@ LABELS = ("top", "trousers", "dress", "footwear", "bag")
 
 @pytest.fixture(scope="module")
 def model():
-    found = lively(classes=5, size=(96, 160))
+    found = lively(classes=5, size=(128, 160))
     p = found.metadata.preprocess
-    preprocess = Preprocess(96, 1.0, "bilinear", p.mean, p.std, long_side=160)
+    preprocess = Preprocess(128, 1.0, "bilinear", p.mean, p.std, long_side=160)
     found.metadata = replace(found.metadata, labels=LABELS, preprocess=preprocess)
     return found
 
@@ -66,7 +66,7 @@ def test_a_file_finds_what_the_model_finds(ending, dynamic, model, files):
     predictor = load(path, trust=True)
     assert (predictor.task, predictor.metadata.fixed_sides) == ("detect", not dynamic)
     assert predictor.metadata.outputs == ("boxes", "labels", "scores", "masks")
-    sizes = [(96, 96)] + ([(65, 97), (160, 112), (101, 203)] if dynamic else [])
+    sizes = [(128, 128)] + ([(65, 97), (160, 112), (101, 203)] if dynamic else [])
     for size in sizes:
         image = noise(size)
         with torch.inference_mode():
@@ -149,7 +149,7 @@ def test_other_formats_hold_backbone_and_pyramid_and_say_so(ending, model, files
         return
     predictor = load(path, trust=True)
     assert predictor.metadata.gives_maps
-    image = noise((96, 96))
+    image = noise((128, 128))
     with torch.inference_mode():
         expected = model.neck(model.backbone(image))
     (found,) = predictor.run(image.numpy())

@@ -40,7 +40,7 @@ ROOMS = [  # the order of docs/architecture.md: a module imports what stands bef
     ["describe", "results", "plots"],
     ["report"],
     ["demo"],
-    ["demo_segment"],
+    ["demo_segment", "demo_detect"],
     ["cli"],
     ["__main__"],
 ]
