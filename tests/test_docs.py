@@ -11,6 +11,7 @@ import pytest
 
 from nextvit.data.demo_images import garments
 from tests.conftest import REPOSITORY
+from tests.test_objects import voc
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 KINDS = ("shell", "slow shell", "python", "slow python", "hub", "make", "install", "benchmark")
@@ -32,6 +33,8 @@ def folder(tmp_path_factory):
             for index in range(20 if name == "flowers" else 3):
                 tile = garments("train")[label if name == "flowers" else "bag"][index]
                 tile.resize((60, 60)).save(folder / name / label / f"{index}.png")
+    (folder / "VOCdevkit").mkdir()
+    voc(folder / "VOCdevkit" / "VOC2012")
     run(folder, *blocks(PAGES[0], "shell"))
     return folder
 
@@ -96,6 +99,7 @@ QUICK = {  # flags with which a benchmark takes a minute: as it stands it takes 
     "eager_vs_timm.py": "--rounds 8",
     "loader_vs_timm.py": "--rounds 2",
     "segmentation.py": "--model nextvit_nano --rounds 6",
+    "detection.py": "--model nextvit_nano --rounds 8",
     "peers.py": "--models nextvit_nano --seeds 0 --epochs 1 --output {}/peers.csv",
     "finetune.py": "--seeds 0 --pretraining-epochs 1 --epochs 2 --output {}/finetune.csv",
 }
@@ -104,6 +108,7 @@ SAID = {
     "eager_vs_timm.py": "training step",
     "loader_vs_timm.py": "times timm's",
     "segmentation.py": "training step",
+    "detection.py": "torchvision ResNet101",
 }
 
 
@@ -189,3 +194,14 @@ def test_the_demo_of_segmentation_runs_and_passes_its_gate(demo, tmp_path):
     miou = float(re.search(r"mIoU of nextvit_nano with Semantic FPN: ([\d.]+) %", done.stdout)[1])
     assert miou >= 40
     insist_on_a_whole_page(tmp_path / "scenes", f"{miou:.1f} %")
+
+
+@pytest.mark.slow
+def test_the_demo_of_detection_runs_and_passes_its_gate(demo, tmp_path):
+    """The job of `make demo-detect`."""
+    command = [sys.executable, "-m", "nextvit.demo_detect", str(demo[0] / "model.safetensors")]
+    done = subprocess.run([*command, str(tmp_path / "objects")], capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stderr
+    ap50 = float(re.search(r"Mask R-CNN: box AP [\d.]+, AP50 ([\d.]+)", done.stdout)[1])
+    assert ap50 >= 45
+    insist_on_a_whole_page(tmp_path / "objects", f"AP50 {ap50:.1f} %")

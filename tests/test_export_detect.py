@@ -50,8 +50,8 @@ def files(model, tmp_path_factory):
     return written
 
 
-WHOLE = [(".onnx", True), (".xml", True), (".xml", False)]
-SLOW = [(".onnx", False), (".pt2", True), (".pt2", False)]
+WHOLE = [(".onnx", True), (".xml", True)]
+SLOW = [(".xml", False), (".onnx", False), (".pt2", True), (".pt2", False)]
 
 
 @pytest.mark.parametrize(
@@ -102,6 +102,7 @@ def test_the_example_beside_a_file_runs_by_itself(ending, files):
     (folder / "expected.json").write_text(kept)
 
 
+@pytest.mark.slow
 def test_a_file_that_finds_something_else_is_not_kept(model, tmp_path, monkeypatch):
     from nextvit.exporters import onnx as writer
 
@@ -122,6 +123,7 @@ def test_a_file_that_finds_something_else_is_not_kept(model, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_fresh_networks_are_exported_with_a_note(tmp_path, capsys):
     command = ["export", "FILE", "--to", "onnx", "--output", str(tmp_path / "m.onnx")]
     from nextvit import create_model
@@ -175,7 +177,8 @@ def test_half_precisions_find_most_of_it(ending, precision, files):
     assert report.parity.agreement >= BOUNDS[precision].agreement
 
 
-@pytest.mark.parametrize("ending", [".xml", pytest.param(".onnx", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", [".xml", ".onnx"])
 def test_int8_tells_its_ap_beside_the_float_models(ending, model, tmp_path, monkeypatch):
     monkeypatch.setattr(objects, "scenes_folder", lambda: scenes_folder(40, 4))
     report = export(model, tmp_path / f"m{ending}", precision="int8", calibration="demo", max_drop=None, dynamic=False)

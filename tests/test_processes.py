@@ -16,6 +16,7 @@ from torch import nn
 from nextvit.processes import Processes, SyncedBatchNorm
 from nextvit.weights import read_weights
 from tests.conftest import nextvit_here
+from tests.test_objects import coco, content
 
 SETTINGS = ["drop_path=0", "images.size=32", "schedule.epochs=1", "batch_size=16", "sync_batchnorm=true", "ema=0.9",
             "images.erasing=0.5", "images.randaugment=rand-m9-mstd0.5-inc1", "mixing.mixup=0.8",
@@ -108,6 +109,21 @@ def test_processes_together_train_a_segmenter_as_one_does(head, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
     run([*launch, *map(str, command), str(tmp_path / "two")])
     assert_the_same_to_rounding(tmp_path / "two", tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_processes_together_train_a_detector(tmp_path):
+    """One of them sees an image without an object, and has every gradient all the same; boxes are drawn by each."""
+    whole = content(6)
+    whole["annotations"] = whole["annotations"][:3]
+    coco(tmp_path / "data", whole, images=6)
+    settings = ["batch_size=4", "model=nextvit_nano", "weights=none", "schedule.epochs=1", "sampling.boxes=16",
+                "sampling.masks=2"]  # fmt: skip
+    flags = [*(flag for value in settings for flag in ("--set", value)), "--threads", "1", "--workers", "0"]
+    command = ["train", tmp_path / "data", "--task", "detect", "--image-size", "64", *flags, "--output"]
+    run(torchrun(2, *command, tmp_path / "two"))
+    assert row(tmp_path / "two")["images"] == 8, "upright and lying images apart, each kind filled to whole batches"
+    assert read_weights(tmp_path / "two" / "model.safetensors").metadata.task == "detect"
 
 
 @pytest.mark.slow
