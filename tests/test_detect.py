@@ -334,6 +334,8 @@ def test_an_image_without_objects_has_an_empty_answer(checkpoint, tmp_path):
         (["eval", "FILE", "demo", "--flip"], "--flip has no meaning for the task 'detect'"),
         (["eval", "FILE", "EMPTY"], "no images with objects for val"),
         (["export", "FILE", "--to", "onnx", "--preprocess"], "leave --preprocess out"),
+        (["export", "FILE", "--to", "onnx", "--stages"], "leave --stages out"),
+        (["export", "FILE", "--to", "onnx", "--class-map"], "leave --class-map out"),
         (["export", "FILE", "--to", "executorch", "--precision", "int8", "--calibration", "demo"], "for whole files"),
         (["predict", "FILE", "IMAGE", "--save-coco", "c.json", "--resume", "--output", "x.jsonl"], "does not go with"),
     ],

@@ -26,7 +26,7 @@ from nextvit.runtime.open import open_session
 from nextvit.runtime.predictor import Predictor
 from nextvit.runtime.session import Session
 from nextvit.runtime.torch_session import TorchSession
-from nextvit.tasks.detect import Detections
+from nextvit.tasks.detect import SURE, Detections
 from nextvit.train import train
 
 SCENES = (800, 60)  # to train on, and to judge by: a detector takes longer than other networks
@@ -96,8 +96,11 @@ def write_samples(split: ObjectSplit, predictor: Predictor, path: Path) -> None:
             labels=split.labels,
             size=(image.height, image.width),
         )
-        pictures += [truth.drawn(image), answer.drawn(image)]
-        captions += [(f"truth: {len(objects)}", True), (f"int8: {int((answer.scores >= 0.3).sum())} above 30 %", True)]
+        pictures += [truth.drawn(image), answer.drawn(image, SURE)]
+        captions += [
+            (f"truth: {len(objects)}", True),
+            (f"int8: {int((answer.scores >= SURE).sum())} above {SURE:.0%}", True),
+        ]
     plots.samples(pictures, captions, path, columns=4)
 
 

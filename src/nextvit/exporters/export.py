@@ -92,9 +92,9 @@ def export(
     image_size: pixels a side, recorded as the size to preprocess to; None: the model's own (224 for a fresh one).
     precision: "fp32", "fp16", "bf16" or "int8", where the format has it.
     calibration: for int8: a folder of images, `demo`, or a list of images as predict takes them.
-    max_drop: for int8: points of top-1 or mIoU that may be lost against the float model (of agreement with it, where
-        the images have no known classes or masks); layers are taken back to float to keep it. None: write what comes
-        out, and report it.
+    max_drop: for int8: points of top-1, mIoU or box AP that may be lost against the float model (of agreement with it,
+        where the images have no known classes, masks or objects); layers are taken back to float to keep it. None:
+        write what comes out, and report it.
     qat_epochs: for int8: passes of quantisation-aware fine-tuning over up to 3,000 of the images, before calibration.
     dynamic: batch, height and width stay free; else batch 1 and image_size are fixed.
     preprocess: the file takes uint8 images of any size and prepares them itself.
@@ -108,7 +108,7 @@ def export(
     AccuracyError where int8 loses more than max_drop; then nothing is left under `path`.
     """
     path = Path(path)
-    fmt = _checked(model, path, precision, calibration is not None, max_drop, qat_epochs, preprocess, class_map)
+    fmt = _checked(model, path, precision, calibration is not None, max_drop, qat_epochs, preprocess, class_map, stages)
     writer = import_module(f"nextvit.exporters.{fmt.name}")
     metadata = model.metadata.with_image_size(image_size)
     metadata = replace(metadata, version=__version__, precision=precision, gives_classes=class_map)
@@ -186,6 +186,7 @@ def _checked(
     qat_epochs: int,
     preprocess: bool,
     class_map: bool,
+    stages: bool,
 ) -> Format:
     """The format that is asked for; refused before any work starts where it cannot be."""
     fmt = format_of(path)
@@ -204,6 +205,8 @@ def _checked(
         raise UserError("detectors are not fine-tuned for int8; leave --qat-epochs out.")
     if precision == "int8" and isinstance(model, Detector) and not fmt.detects:
         raise UserError(f"int8 of a detector is for whole files (ONNX, OpenVINO); {fmt.name} files hold a part of it.")
+    if stages and isinstance(model, Detector):
+        raise UserError("a detector's file gives objects and no stages to compare; leave --stages out.")
     fmt.check(precision, preprocess)
     if preprocess:
         if model.metadata.in_channels != 3:
