@@ -51,15 +51,17 @@ def proposals(
 ) -> Tensor:
     """(N, 4), N <= PROPOSALS, by falling score: of one image's levels the `most` best, decoded, cut, suppressed.
 
-    scores: (A,) logits of each level; size: of the image without its padding.
+    scores: (A,) logits of each level; size: of the image without its padding. Ranked by logits, whose order is that of
+    the probabilities: runtimes round small ones apart (ONNX Runtime to multiples of 3e-8), which changes who is kept.
     """
     kept, boxes, levels = [], [], []
     for level, (score, delta, base) in enumerate(zip(scores, deltas, bases, strict=True)):
-        score, best = score.float().sigmoid().topk(min(most, score.shape[0]))
+        score, best = score.float().topk(min(most, score.shape[0]))
         kept.append(score)
         boxes.append(clipped(decoded(base[best], delta[best].float(), RPN_STDS), *size))
         levels.append(torch.full_like(best, level))
     score, box, of_level = torch.cat(kept), torch.cat(boxes), torch.cat(levels)
+    score = score - score.min() + 1  # OpenVINO suppresses what is not above 0
     width, height = sides(box)
     some = ((width > 0) & (height > 0)).nonzero()[:, 0]
     score, box = score[some], box[some]
