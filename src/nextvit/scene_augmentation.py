@@ -70,7 +70,7 @@ def sample_of(read: Callable[..., Any], scenes: Scenes, rng: np.random.Generator
         scene = _pasted(scene, other, rng)
     width = scene.image.shape[1]
     return Sample(
-        image=torch.from_numpy(np.ascontiguousarray(scene.image)),
+        image=torch.from_numpy(np.array(scene.image, order="C")),  # a copy: Pillow's pixels are not to be written
         boxes=torch.from_numpy(scene.boxes),
         labels=torch.from_numpy(scene.labels),
         masks=torch.from_numpy(np.packbits(scene.masks, axis=2)).view(-1, len(scene.image), -(-width // BITS)),
