@@ -361,10 +361,11 @@ def export_lines(report: ExportReport) -> list[str]:
     if report.not_run is not None:
         lines.append(f"  not run: {report.not_run}")
     if report.accuracy is not None:
-        a = report.accuracy
+        a, objects = report.accuracy, isinstance(report.parity, ObjectParity)
+        same = "AP50 with the float model's sure objects for truth" if objects else "same first label for"
         lines.append(
             f"  on {a.images} images: {a.metric} {a.float_value:.2f} % in float, {a.int8_value:.2f} % in int8, "
-            f"{a.drop:+.2f} points lost; same first label for {a.agreement:.2f} %"
+            f"{a.drop:+.2f} points lost; {same} {a.agreement:.2f} %"
         )
         shown = ", ".join(report.float_layers[:8])
         more = len(report.float_layers) - 8
