@@ -1,11 +1,12 @@
-"""Variants on a CPU beside the best that timm offers, and beside a ResNet: 224 x 224, one interleaved run a table.
+"""Variants on a CPU beside the best that timm offers, and beside a ResNet: one interleaved run a table.
 
     python benchmarks/cpu.py --model nextvit_small --output performance
 
 Latency of one image: timm eager; timm's own way (reparameterize_model, ONNX, OpenVINO, NNCF as it comes); our files; a
 ResNet on the same runtime. Then our files alone: batches, OpenVINO's hints, size, load time and memory. Weights are
 random with calibrated BatchNorm, which changes no latency. All is compared to the first row. Without --model: every
-variant.
+variant. With `--image-size 512` they are backbones as the paper measures them for segmentation and detection; the
+classifier that ends them takes no time there.
 """
 
 import argparse
@@ -69,10 +70,10 @@ def on_openvino(model: ov.Model, precision: str, hint: str, threads: int) -> Ses
     return Call("openvino", precision, threads, lambda batch: next(iter(request.infer([batch]).values())))
 
 
-def through_onnx(model: nn.Module) -> ov.Model:
+def through_onnx(model: nn.Module, size: int) -> ov.Model:
     """The usual way: BatchNorm merged by timm, a file of fixed size, read by OpenVINO."""
     merged = reparameterize_model(copy.deepcopy(model).eval())
-    program = torch.onnx.export(merged, (torch.zeros(1, 3, 224, 224),), dynamo=True, verbose=False)
+    program = torch.onnx.export(merged, (torch.zeros(1, 3, size, size),), dynamo=True, verbose=False)
     assert program is not None
     return CORE.read_model(program.model_proto.SerializeToString())
 
@@ -90,6 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", nargs="+", default=nextvit.list_models(), choices=nextvit.list_models())
     parser.add_argument("--threads", type=int, default=cpu_count())
+    parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--output", type=Path, help="a folder for CSV files and plots")
     given = parser.parse_args()
@@ -102,7 +104,7 @@ def main() -> None:
     for model in given.model:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            rows = beside_others(model, folder, given.threads, given.rounds)
+            rows = beside_others(model, folder, given.image_size, given.threads, given.rounds)
             print("\n".join(["", *latency_lines(rows), ""]), flush=True)
             files = [f"{precision}.xml" for precision in PRECISIONS]
             flags = ["--batch-size", "1,8,32", "--hint", "latency,throughput", "--memory", "--output", "files.csv"]
@@ -114,9 +116,9 @@ def main() -> None:
                     shutil.copy(folder / f"files.{end}", given.output / f"{model}-files.{end}")
 
 
-def beside_others(name: str, folder: Path, threads: int, rounds: int) -> list[Row]:
+def beside_others(name: str, folder: Path, size: int, threads: int, rounds: int) -> list[Row]:
     """Latency of our files, which are left in the folder, beside timm's and the peer's."""
-    images = np.stack([preprocess(image, Preprocess()) for image in real_images()])
+    images = np.stack([preprocess(image, Preprocess(image_size=size)) for image in real_images()])
     samples = nncf.Dataset([image[None] for image in images])
     ours = nextvit.create_model(name)
     calibrate(ours, images)
@@ -125,7 +127,7 @@ def beside_others(name: str, folder: Path, threads: int, rounds: int) -> list[Ro
     def foreign(name: str, model: nn.Module) -> None:
         """A timm model, eager and by the usual way."""
         rows.append((f"timm {name}", eager(model, threads)))
-        ir = through_onnx(model)
+        ir = through_onnx(model, size)
         rows.append((f"timm {name}", on_openvino(ir, "fp32", "f32", threads)))
         if BF16:
             rows.append((f"timm {name}", on_openvino(ir, "bf16", "bf16", threads)))
@@ -144,13 +146,14 @@ def beside_others(name: str, folder: Path, threads: int, rounds: int) -> list[Ro
         path = folder / f"{precision}.xml"
         calibration = [image.rotate(90 * turn) for turn in range(4) for image in real_images()]
         given_images = calibration if precision == "int8" else None
-        nextvit.export(ours, path, precision=precision, calibration=given_images, max_drop=None)
+        how = {"image_size": size, "calibration": given_images, "max_drop": None}
+        nextvit.export(ours, path, precision=precision, **how)
         rows.append((name, open_session(path, device="cpu", threads=threads)))
     peer = PEERS.get(name, "resnet101")
     resnet = timm.create_model(peer)
     calibrate(resnet, images)
     foreign(peer, resnet)
-    return benchmark(rows, image_size=224, rounds=rounds)
+    return benchmark(rows, image_size=size, rounds=rounds)
 
 
 if __name__ == "__main__":

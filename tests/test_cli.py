@@ -21,6 +21,7 @@ from nextvit.data.demo_images import garments
 from nextvit.metadata import Preprocess
 from nextvit.weights import save_weights
 from tests.conftest import fill, nextvit, nextvit_here
+from tests.detectors import lively
 
 VERBS = ["info", "train", "eval", "predict", "export", "benchmark"]
 
@@ -323,9 +324,19 @@ def segmenter(tmp_path):
     return tmp_path / "segmenter.safetensors"
 
 
+@pytest.fixture
+def detector(tmp_path):
+    model = lively(classes=2, size=(64, 96))
+    metadata = replace(model.metadata, labels=("a", "b"), preprocess=Preprocess(64, 1.0, "bilinear", long_side=96))
+    save_weights(tmp_path / "detector.safetensors", model.state_dict(), metadata)
+    return tmp_path / "detector.safetensors"
+
+
 @pytest.mark.fault("P1", "files of every kind: a row for each, in order, an answer or a reason, in little memory")
-@pytest.mark.parametrize(("task", "count"), [pytest.param("classify", 1980, marks=pytest.mark.slow), ("segment", 120)])
-def test_files_of_every_kind_are_accounted_for_in_little_memory(task, count, trained, segmenter, tmp_path, found):
+@pytest.mark.parametrize(
+    ("task", "count"), [pytest.param("classify", 1980, marks=pytest.mark.slow), ("segment", 120), ("detect", 120)]
+)
+def test_files_of_every_kind_are_accounted_for_in_little_memory(task, count, trained, request, tmp_path, found):
     """Bombs, broken and odd files, every mode, odd names, links and pipes: rows P1, P2 and P4 to P9 of the faults."""
     folder = tmp_path / "mixed"
     folder.mkdir()
@@ -374,10 +385,11 @@ def test_files_of_every_kind_are_accounted_for_in_little_memory(task, count, tra
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr); sys.exit(code)"
     )
     output = tmp_path / "answers.jsonl"
-    model = trained / "model.safetensors" if task == "classify" else segmenter
+    own = {"segment": "segmenter", "detect": "detector"}
+    model = request.getfixturevalue(own[task]) if task in own else trained / "model.safetensors"
     command = [sys.executable, "-m", "nextvit", "predict", str(model), str(folder)]
-    if task == "segment":
-        command += ["--save-masks", str(tmp_path / "masks")]
+    pictures = {"segment": ["--save-masks"], "detect": ["--save-images"]}.get(task, [])
+    command += [*pictures, str(tmp_path / "pictures")] * bool(pictures)
     done = subprocess.run(
         [sys.executable, "-c", script, *command, "--output", str(output)], capture_output=True, text=True, timeout=900
     )
@@ -389,10 +401,10 @@ def test_files_of_every_kind_are_accounted_for_in_little_memory(task, count, tra
     peak = int(done.stderr.split()[-1]) * 1024
     assert peak < 1.5e9, f"{peak / 1e9:.2f} GB"
     found(f"{task}: {len(rows)} rows, {len(good)} answers, {peak / 1e9:.2f} GB")
-    if task == "segment":
+    if pictures:
         answers = [(number, Path(row["file"])) for number, row in enumerate(rows, 1) if "error" not in row]
-        assert len(list((tmp_path / "masks").iterdir())) == len(good)
+        assert len(list((tmp_path / "pictures").iterdir())) == len(good)
         for number, file in answers:
-            (mask,) = (tmp_path / "masks").glob(f"{number:06}-*")
-            with Image.open(mask) as classes:
-                assert classes.size == (200, 160), file
+            (picture,) = (tmp_path / "pictures").glob(f"{number:06}-*")
+            with Image.open(picture) as drawn:
+                assert drawn.size == (200, 160), file

@@ -1,6 +1,7 @@
 """Detectors as files: whole where the format can, and the same objects; int8 with its drop in AP; what cannot be."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,6 +17,7 @@ from nextvit.data import objects
 from nextvit.data.scenes import compose, scenes_folder
 from nextvit.detector import Padded
 from nextvit.errors import ParityError, UserError
+from nextvit.exporters.calibration import read_calibration
 from nextvit.exporters.object_parity import BOUNDS, compared
 from nextvit.metadata import Preprocess
 from nextvit.networks import as_arrays
@@ -175,6 +177,16 @@ def test_half_precisions_find_most_of_it(ending, precision, files):
     except NotHere:
         pytest.skip("this CPU has no bf16")
     assert report.parity.agreement >= BOUNDS[precision].agreement
+
+
+def test_calibration_tells_of_objects_that_it_leaves_out(model, tmp_path):
+    shutil.copytree(scenes_folder(40, 4) / "coco", tmp_path / "mine")
+    file = next((tmp_path / "mine" / "annotations").glob("instances_train*.json"))
+    whole = json.loads(file.read_text())
+    whole["annotations"][3]["bbox"] = [5, 5, -4, 9]
+    file.write_text(json.dumps(whole))
+    found = read_calibration(tmp_path / "mine", model, model.metadata)
+    assert [note for note in found.notes if "1 entries of train are left out" in note and "-4 x 9 pixels" in note]
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ from nextvit.recipe import read_recipe
 from nextvit.run import Machine
 from nextvit.runtime.open import open_session
 from nextvit.runtime.predictor import Predictor
-from nextvit.runtime.session import Session
+from nextvit.runtime.session import Session, Setup
 from nextvit.runtime.torch_session import TorchSession
 from nextvit.train import train
 
@@ -171,9 +171,7 @@ def write_report(
     m = result.metrics
     parity = [
         {
-            "file": Path(e.path).name,
-            "megabytes": f"{e.bytes / 1e6:.1f}",
-            "checked by": f"{e.checked.setup.runtime}, {e.checked.setup.precision}",
+            **file_cells(e, e.checked.setup),
             "inputs": e.checked.images,
             "largest difference": f"{e.checked.max_abs:.1e}",
             "mean": f"{e.checked.mean_abs:.1e}",
@@ -192,10 +190,7 @@ def write_report(
         }
         for name, s in scores.items()
     ]
-    with open(run / "metrics.csv", encoding="utf-8", newline="") as file:
-        epochs = [{key: f"{float(value):.5g}" for key, value in row.items()} for row in csv.DictReader(file)]
     folder = run / "plots"
-    wait = os.environ.get("OMP_WAIT_POLICY", "not set")
     parts = [
         report.paragraph(f"{m.top1:.1f} %", "big"),
         report.paragraph(
@@ -204,9 +199,7 @@ def write_report(
             f"(standard error {linear.standard_error:.1f}). The epoch was chosen on a part of the training set."
         ),
         report.picture(folder / "samples.png", "sample predictions"),
-        report.heading("Training"),
-        report.picture(folder / "curves.png", "learning curves"),
-        report.html_table(epochs),
+        *training_parts(run),
         report.heading("Held-out images"),
         report.picture(folder / "confusion-test.png", "confusion matrix"),
         report.heading("The exported files answer as the model does"),
@@ -215,23 +208,54 @@ def write_report(
         ),
         report.html_table(parity),
         report.html_table(accuracy),
-        report.heading("Latency"),
-        report.picture(folder / "latency.png", "latency"),
-        report.html_table(report.latency_records(rows)),
-        report.paragraph(
-            f"Interleaved rounds on this machine; OMP_WAIT_POLICY {wait}. Only ratios within this run can be compared.",
-            "note",
+        *latency_parts(run, rows),
+        *last_parts(
+            seconds,
+            "nextvit train FOLDER --output runs/mine",
+            "nextvit eval runs/mine/model.safetensors FOLDER",
+            "nextvit export runs/mine/model.safetensors --to onnx",
+            "nextvit predict runs/mine/model.safetensors IMAGE...",
         ),
-        report.heading("Next: a folder of your own"),
-        report.preformatted(
-            "nextvit train FOLDER --output runs/mine\n"
-            "nextvit eval runs/mine/model.safetensors FOLDER\n"
-            "nextvit export runs/mine/model.safetensors --to onnx\n"
-            "nextvit predict runs/mine/model.safetensors IMAGE..."
-        ),
-        report.paragraph(f"nextvit {__version__}, torch {torch.__version__}, made in {seconds:.0f} s.", "note"),
     ]
     report.write_html(page, "Next-ViT, from images to a deployed model", parts)
+
+
+# ---- what the reports of all tasks have ------------------------------------------------------------------------------
+
+
+def training_parts(run: Path) -> list[str]:
+    with open(run / "metrics.csv", encoding="utf-8", newline="") as file:
+        epochs = [{key: f"{float(value):.5g}" for key, value in row.items()} for row in csv.DictReader(file)]
+    curves = report.picture(run / "plots" / "curves.png", "learning curves")
+    return [report.heading("Training"), curves, report.html_table(epochs)]
+
+
+def file_cells(exported: ExportReport, setup: Setup) -> dict[str, object]:
+    """What a table of exported files begins with. setup: that it was checked by."""
+    return {
+        "file": Path(exported.path).name,
+        "megabytes": f"{exported.bytes / 1e6:.1f}",
+        "checked by": f"{setup.runtime}, {setup.precision}",
+    }
+
+
+def latency_parts(run: Path, rows: list[Row]) -> list[str]:
+    wait = os.environ.get("OMP_WAIT_POLICY", "not set")
+    note = f"Interleaved rounds on this machine; OMP_WAIT_POLICY {wait}. Only ratios within this run can be compared."
+    return [
+        report.heading("Latency"),
+        report.picture(run / "plots" / "latency.png", "latency"),
+        report.html_table(report.latency_records(rows)),
+        report.paragraph(note, "note"),
+    ]
+
+
+def last_parts(seconds: float, *commands: str) -> list[str]:
+    return [
+        report.heading("Next: a folder of your own"),
+        report.preformatted("\n".join(commands)),
+        report.paragraph(f"nextvit {__version__}, torch {torch.__version__}, made in {seconds:.0f} s.", "note"),
+    ]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """`make demo-detect`: the whole line for detection, on scenes made of the images that ship with the package."""
 
-import csv
 import sys
 import time
 from pathlib import Path
@@ -9,12 +8,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from nextvit import __version__, plots, report
+from nextvit import plots, report
 from nextvit.benchmark import Row, benchmark
 from nextvit.create import open_checkpoint
 from nextvit.data.objects import ObjectSplit, object_split
 from nextvit.data.scenes import scenes_folder
-from nextvit.demo import begun_anew, step
+from nextvit.demo import begun_anew, file_cells, last_parts, latency_parts, step, training_parts
 from nextvit.devices import cpu_count
 from nextvit.errors import exit_code
 from nextvit.evaluate import ObjectEvaluation, evaluate_objects
@@ -125,17 +124,8 @@ def write_report(
     parity = []
     for e in exports:
         assert isinstance(e.parity, ObjectParity)
-        parity.append(
-            {
-                "file": Path(e.path).name,
-                "megabytes": f"{e.bytes / 1e6:.1f}",
-                "checked by": f"{e.parity.setup.runtime}, {e.parity.setup.precision}",
-                "objects of the model": e.parity.detections,
-                "the same": f"{e.parity.agreement:.2f} %",
-            }
-        )
-    with open(run / "metrics.csv", encoding="utf-8", newline="") as file:
-        epochs = [{key: f"{float(value):.5g}" for key, value in row.items()} for row in csv.DictReader(file)]
+        agreeing = {"objects of the model": e.parity.detections, "the same": f"{e.parity.agreement:.2f} %"}
+        parity.append(file_cells(e, e.parity.setup) | agreeing)
     parts = [
         report.paragraph(f"AP50 {_percent(box.ap50)}", "big"),
         report.paragraph(
@@ -147,9 +137,7 @@ def write_report(
         report.html_table(classes),
         report.html_table(files),
         report.picture(folder / "precision.png", "precision at each recall"),
-        report.heading("Training"),
-        report.picture(folder / "curves.png", "learning curves"),
-        report.html_table(epochs),
+        *training_parts(run),
         report.heading("The exported files answer as the model does"),
         report.html_table(parity),
         report.paragraph(
@@ -157,17 +145,14 @@ def write_report(
             f"{len(quantised.float_layers)} layers are left in float. Of the same objects as the float model's an int8 "
             "file is asked for an overlap of a half."
         ),
-        report.heading("Latency"),
-        report.picture(folder / "latency.png", "latency"),
-        report.html_table(report.latency_records(rows)),
-        report.heading("Next: a folder of your own"),
-        report.preformatted(
-            "nextvit data convert VOC_OR_YOLO --output mine\n"
-            "nextvit train mine --task detect --output runs/mine\n"
-            "nextvit export runs/mine/model.safetensors --to onnx\n"
-            "nextvit predict runs/mine/model.onnx IMAGE... --save-images pictures"
+        *latency_parts(run, rows),
+        *last_parts(
+            seconds,
+            "nextvit data convert VOC_OR_YOLO --output mine",
+            "nextvit train mine --task detect --output runs/mine",
+            "nextvit export runs/mine/model.safetensors --to onnx",
+            "nextvit predict runs/mine/model.onnx IMAGE... --save-images pictures",
         ),
-        report.paragraph(f"nextvit {__version__}, torch {torch.__version__}, made in {seconds:.0f} s.", "note"),
     ]
     report.write_html(page, "Next-ViT, detection, from images to a deployed model", parts)
 

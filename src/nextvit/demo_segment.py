@@ -1,6 +1,5 @@
 """`make demo-segment`: the whole line for segmentation, on scenes made of the images that ship with the package."""
 
-import csv
 import sys
 import time
 from pathlib import Path
@@ -9,11 +8,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from nextvit import __version__, plots, report
+from nextvit import plots, report
 from nextvit.benchmark import Row, benchmark
 from nextvit.create import open_checkpoint
 from nextvit.data.masks import MaskSplit, mask_split
-from nextvit.demo import begun_anew, step
+from nextvit.demo import begun_anew, file_cells, last_parts, latency_parts, step, training_parts
 from nextvit.devices import cpu_count
 from nextvit.errors import exit_code
 from nextvit.evaluate import MaskEvaluation, evaluate_masks
@@ -132,17 +131,13 @@ def write_report(
     ]
     parity = [
         {
-            "file": Path(e.path).name,
-            "megabytes": f"{e.bytes / 1e6:.1f}",
-            "checked by": f"{e.checked.setup.runtime}, {e.checked.setup.precision}",
+            **file_cells(e, e.checked.setup),
             "largest difference": f"{e.checked.max_abs:.1e}",
             "relative": f"{e.checked.relative:.1e}",
             "pixels of the same class": f"{e.checked.top1_agreement:.2f} %",
         }
         for e in exports
     ]
-    with open(run / "metrics.csv", encoding="utf-8", newline="") as file:
-        epochs = [{key: f"{float(value):.5g}" for key, value in row.items()} for row in csv.DictReader(file)]
     parts = [
         report.paragraph(f"{m.miou:.1f} %", "big"),
         report.paragraph(
@@ -153,9 +148,7 @@ def write_report(
         ),
         report.picture(folder / "samples.png", "scenes, truth and answers"),
         report.html_table(classes),
-        report.heading("Training"),
-        report.picture(folder / "curves.png", "learning curves"),
-        report.html_table(epochs),
+        *training_parts(run),
         report.picture(folder / "confusion.png", "confusion matrix of pixels"),
         report.heading("The exported files answer as the model does"),
         report.html_table(parity),
@@ -164,17 +157,14 @@ def write_report(
             f"int8, on the centres of {quantised.accuracy.images} scenes: {quantised.accuracy.drop:+.2f} points of "
             f"mIoU lost; {len(quantised.float_layers)} layers are left in float."
         ),
-        report.heading("Latency"),
-        report.picture(folder / "latency.png", "latency"),
-        report.html_table(report.latency_records(rows)),
-        report.heading("Next: a folder of your own"),
-        report.preformatted(
-            "nextvit train FOLDER --task segment --output runs/mine\n"
-            "nextvit eval runs/mine/model.safetensors FOLDER\n"
-            "nextvit export runs/mine/model.safetensors --to onnx\n"
-            "nextvit predict runs/mine/model.safetensors IMAGE... --save-masks masks"
+        *latency_parts(run, rows),
+        *last_parts(
+            seconds,
+            "nextvit train FOLDER --task segment --output runs/mine",
+            "nextvit eval runs/mine/model.safetensors FOLDER",
+            "nextvit export runs/mine/model.safetensors --to onnx",
+            "nextvit predict runs/mine/model.safetensors IMAGE... --save-masks masks",
         ),
-        report.paragraph(f"nextvit {__version__}, torch {torch.__version__}, made in {seconds:.0f} s.", "note"),
     ]
     report.write_html(page, "Next-ViT, segmentation, from images to a deployed model", parts)
 

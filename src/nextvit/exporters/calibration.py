@@ -27,7 +27,7 @@ from nextvit.data.objects import ObjectSplit
 from nextvit.data.sets import default_eval_split, read_split
 from nextvit.data.shards import are_shards
 from nextvit.data.split import Split
-from nextvit.errors import UserError
+from nextvit.errors import UserError, first_few
 from nextvit.exporters.parity import with_channels
 from nextvit.metadata import Metadata
 from nextvit.networks import Network, backbone_of
@@ -151,7 +151,12 @@ def _of_folder(source: str, metadata: Metadata) -> tuple[Images, Images, list[st
         )
         return *_every_fifth(files), [note.rstrip(".")]
     first, second = (_images(split, metadata) for split in pair)
-    return first, second, [note for split in pair for note in split.notes]
+    return first, second, [note for split in pair for note in (*split.notes, *_left_out(split))]
+
+
+def _left_out(split: Split) -> list[str]:
+    wrong = (*split.faults, *(split.misshapen if isinstance(split, ObjectSplit) else ()))
+    return [f"{len(wrong)} entries of {split.name} are left out: {first_few(wrong)}"] if wrong else []
 
 
 def _images_alone(source: str, metadata: Metadata) -> list[Path]:
