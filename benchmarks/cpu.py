@@ -5,8 +5,8 @@
 Latency of one image: timm eager; timm's own way (reparameterize_model, ONNX, OpenVINO, NNCF as it comes); our files; a
 ResNet on the same runtime. Then our files alone: batches, OpenVINO's hints, size, load time and memory. Weights are
 random with calibrated BatchNorm, which changes no latency. All is compared to the first row. Without --model: every
-variant. With `--image-size 512` they are backbones as the paper measures them for segmentation and detection; the
-classifier that ends them takes no time there.
+variant. With `--image-size 512 --batch-size 1` they are backbones as the paper measures them for segmentation and
+detection; the classifier that ends them takes no time there.
 """
 
 import argparse
@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", default=nextvit.list_models(), choices=nextvit.list_models())
     parser.add_argument("--threads", type=int, default=cpu_count())
     parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--batch-size", default="1,8,32", help="of the table of our files")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--output", type=Path, help="a folder for CSV files and plots")
     given = parser.parse_args()
@@ -107,8 +108,9 @@ def main() -> None:
             rows = beside_others(model, folder, given.image_size, given.threads, given.rounds)
             print("\n".join(["", *latency_lines(rows), ""]), flush=True)
             files = [f"{precision}.xml" for precision in PRECISIONS]
-            flags = ["--batch-size", "1,8,32", "--hint", "latency,throughput", "--memory", "--output", "files.csv"]
-            command = [sys.executable, "-m", "nextvit", "benchmark", *files, *flags, "--threads", str(given.threads)]
+            flags = ["--hint", "latency,throughput", "--memory", "--output", "files.csv"]
+            flags += ["--batch-size", given.batch_size, "--threads", str(given.threads)]
+            command = [sys.executable, "-m", "nextvit", "benchmark", *files, *flags]
             subprocess.run([*command, "--rounds", str(max(8, given.rounds // 3))], cwd=folder, check=True)
             if given.output is not None:
                 write_latency(rows, given.output / f"{model}.csv")

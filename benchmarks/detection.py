@@ -106,14 +106,14 @@ def deployed(name: str, folder: Path, rounds: int) -> None:
     for other, network in (("torchvision ResNet50 v2", resnet50()), ("torchvision ResNet101", resnet101())):
         x = [torch.rand(3, *SIZE)]
         run = torch.inference_mode()(network)
+        loud(network.roi_heads.box_predictor.cls_score, 0, lambda run=run, x=x: len(run(x)[0]["boxes"]))
         print(f"{other}: {len(run(x)[0]['boxes'])} objects")
         sessions.append((other, Call(other, eager_setup(other), lambda run=run, x=x: run(x))))
     report(benchmark(sessions, image_size=64, rounds=rounds))
 
 
 def resnet50() -> nn.Module:
-    network = maskrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None, num_classes=CLASSES + 1).eval()
-    return _loud(network)
+    return maskrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None, num_classes=CLASSES + 1).eval()
 
 
 def resnet101() -> nn.Module:
@@ -126,14 +126,7 @@ def resnet101() -> nn.Module:
             module.momentum = None  # the statistics are those of the one pass that follows
     with torch.no_grad():
         backbone.train()(network.transform([torch.rand(3, *SIZE)])[0].tensors)
-    return _loud(network.eval())
-
-
-def _loud(network: nn.Module) -> nn.Module:
-    with torch.inference_mode():
-        x = [torch.rand(3, *SIZE)]
-        loud(network.roi_heads.box_predictor.cls_score, 0, lambda: len(network(x)[0]["boxes"]))
-    return network
+    return network.eval()
 
 
 # ---- training --------------------------------------------------------------------------------------------------------

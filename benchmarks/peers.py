@@ -9,6 +9,7 @@ no epoch is chosen by what is reported. A row that is in the file already is not
 import argparse
 import csv
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,20 @@ def row(name: str, seed: int, epochs: int) -> dict[str, object]:
     }
 
 
+def resumed(path: Path, asked: Sequence[dict[str, object]], row: Callable[..., dict[str, object]]) -> list:
+    """The rows of a CSV file, with one for each of `asked`, which are its first columns; what is there is kept."""
+    rows: list = []
+    if path.exists():
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+    for values in asked:
+        if not any(all(found[key] == str(value) for key, value in values.items()) for found in rows):
+            rows.append({key: str(value) for key, value in row(*values.values()).items()})
+            write_rows(path, rows)
+            print(rows[-1], flush=True)
+    return rows
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--models", nargs="+", default=MODELS)
@@ -105,17 +120,8 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--output", type=Path, default=Path("peers.csv"))
     flags = parser.parse_args()
-    rows: list[dict[str, object]] = []
-    if flags.output.exists():
-        with open(flags.output, encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-    done = {(r["model"], int(r["seed"]), int(r["epochs"])) for r in rows}
-    for seed in flags.seeds:
-        for name in flags.models:
-            if (name, seed, flags.epochs) not in done:
-                rows.append(row(name, seed, flags.epochs))
-                write_rows(flags.output, rows)
-                print(rows[-1], flush=True)
+    asked = [{"model": name, "seed": seed, "epochs": flags.epochs} for seed in flags.seeds for name in flags.models]
+    rows = resumed(flags.output, asked, row)
     for name in flags.models:
         scores = [float(r["top1"]) for r in rows if r["model"] == name and int(r["epochs"]) == flags.epochs]
         print(f"{name:18} top-1 {np.mean(scores):.2f} +- {np.std(scores, ddof=1) if len(scores) > 1 else 0:.2f} %")

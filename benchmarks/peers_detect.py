@@ -3,28 +3,26 @@
     OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0 python benchmarks/peers_detect.py --output peers_detect.csv
 
 Each is first a classifier of the garments that ship with the package, by the recipe of `make demo`, then the backbone
-of a detector, by the recipe of `make demo-detect`: the same images, steps and seeds for all. AP is that of the last
-epoch, on scenes that no network saw. A row that is in the file already is not computed again.
+of a detector, by the recipe of `make demo-detect`: the same images, steps and seeds for all. AP is that of the epoch
+that the run keeps, on scenes that none is trained on; by the first 60 of them each run has chosen its epoch. A row that
+is in the file already is not computed again.
 """
 
 import argparse
-import csv
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from peers import cost, network, train
+from peers import cost, network, resumed, train
 from safetensors.torch import save_file
 
-from nextvit.average_precision import AveragePrecision
 from nextvit.create import open_checkpoint
 from nextvit.data.objects import object_split
 from nextvit.data.scenes import scenes_folder
 from nextvit.data.sets import read_split
 from nextvit.demo_detect import SCENES
 from nextvit.evaluate import evaluate_objects
-from nextvit.files import write_rows
 from nextvit.metadata import Preprocess
 from nextvit.recipe import read_recipe
 from nextvit.run import Machine
@@ -32,10 +30,11 @@ from nextvit.runtime.torch_session import TorchSession
 from nextvit.timm_maps import PREFIX
 from nextvit.train import train as fine_tune
 
+DEMO = read_recipe("demo_detect")
 MODELS = ("nextvit_nano", "regnetx_008", "resnet10t")
 
 
-def row(name: str, seed: int, epochs: int, unseen: int) -> dict[str, object]:
+def row(name: str, seed: int, epochs: int, steps: int, scenes: int) -> dict[str, object]:
     classes = len(read_split("demo", "train").labels)
     recipe = read_recipe("demo", [f"schedule.epochs={epochs}", f"seed={seed}"])
     torch.manual_seed(seed)
@@ -46,22 +45,25 @@ def row(name: str, seed: int, epochs: int, unseen: int) -> dict[str, object]:
         weights = Path(place) / "classifier.safetensors"
         save_file({key: tensor.contiguous() for key, tensor in classifier.state_dict().items()}, weights)
         model = name if name.startswith("nextvit") else PREFIX + name
-        recipe = read_recipe("demo_detect", [f"model={model}", f"weights={weights}", f"seed={seed}"])
+        values = {"model": model, "weights": weights, "seed": seed, "schedule.steps_per_epoch": steps}
+        recipe = read_recipe("demo_detect", [f"{key}={value}" for key, value in values.items()])
         run = Path(place) / "run"
         begun = time.perf_counter()
         fine_tune(str(scenes_folder(*SCENES) / "coco"), recipe, run, machine=Machine(threads=torch.get_num_threads()))
         seconds = time.perf_counter() - begun
         detector = open_checkpoint(run / "model.safetensors")
-    judged = object_split(str(scenes_folder(SCENES[0], unseen) / "coco"), "val", detector.metadata.labels)
+    judged = object_split(str(scenes_folder(SCENES[0], scenes) / "coco"), "val", detector.metadata.labels)
     session = TorchSession(detector, device="cpu", threads=torch.get_num_threads(), precision="fp32")
-    metrics: AveragePrecision = evaluate_objects(session, judged, detector.metadata).metrics
+    metrics = evaluate_objects(session, judged, detector.metadata).metrics
     box, mask = metrics.scores["box"], metrics.scores["mask"]
     return {
         "model": name,
         "seed": seed,
+        "epochs": epochs,
+        "steps": steps,
+        "scenes": scenes,
         "params_million": round(params / 1e6, 2),
         "gmacs_224": round(macs, 2),
-        "scenes": unseen,
         "box_ap50": round(box.ap50, 1),
         "box_ap": round(box.ap, 1),
         "mask_ap50": round(mask.ap50, 1),
@@ -75,17 +77,18 @@ if __name__ == "__main__":
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--epochs", type=int, default=15, help="of the classifier")
+    parser.add_argument(
+        "--steps", type=int, default=DEMO.schedule.steps_per_epoch, help="of each epoch of the detector"
+    )
     parser.add_argument("--scenes", type=int, default=200, help="to judge by")
     parser.add_argument("--output", type=Path, default=Path("peers_detect.csv"))
     flags = parser.parse_args()
-    rows: list[dict[str, object]] = []
-    if flags.output.exists():
-        with open(flags.output, encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-    done = {(r["model"], int(r["seed"])) for r in rows}
-    for seed in flags.seeds:
-        for name in flags.models:
-            if (name, seed) not in done:
-                rows.append(row(name, seed, flags.epochs, flags.scenes))
-                write_rows(flags.output, rows)
-                print(rows[-1], flush=True)
+    resumed(
+        flags.output,
+        [
+            {"model": name, "seed": seed, "epochs": flags.epochs, "steps": flags.steps, "scenes": flags.scenes}
+            for seed in flags.seeds
+            for name in flags.models
+        ],
+        row,
+    )

@@ -385,11 +385,12 @@ def test_files_of_every_kind_are_accounted_for_in_little_memory(task, count, tra
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr); sys.exit(code)"
     )
     output = tmp_path / "answers.jsonl"
-    own = {"segment": "segmenter", "detect": "detector"}
-    model = request.getfixturevalue(own[task]) if task in own else trained / "model.safetensors"
+    dense = {"segment": ("segmenter", "--save-masks"), "detect": ("detector", "--save-images")}
+    fixture, flag = dense.get(task, (None, None))
+    model = request.getfixturevalue(fixture) if fixture else trained / "model.safetensors"
     command = [sys.executable, "-m", "nextvit", "predict", str(model), str(folder)]
-    pictures = {"segment": ["--save-masks"], "detect": ["--save-images"]}.get(task, [])
-    command += [*pictures, str(tmp_path / "pictures")] * bool(pictures)
+    if flag:
+        command += [flag, str(tmp_path / "pictures")]
     done = subprocess.run(
         [sys.executable, "-c", script, *command, "--output", str(output)], capture_output=True, text=True, timeout=900
     )
@@ -401,7 +402,7 @@ def test_files_of_every_kind_are_accounted_for_in_little_memory(task, count, tra
     peak = int(done.stderr.split()[-1]) * 1024
     assert peak < 1.5e9, f"{peak / 1e9:.2f} GB"
     found(f"{task}: {len(rows)} rows, {len(good)} answers, {peak / 1e9:.2f} GB")
-    if pictures:
+    if flag:
         answers = [(number, Path(row["file"])) for number, row in enumerate(rows, 1) if "error" not in row]
         assert len(list((tmp_path / "pictures").iterdir())) == len(good)
         for number, file in answers:

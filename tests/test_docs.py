@@ -101,6 +101,7 @@ QUICK = {  # flags with which a benchmark takes a minute: as it stands it takes 
     "segmentation.py": "--model nextvit_nano --rounds 6",
     "detection.py": "--model nextvit_nano --rounds 8",
     "peers.py": "--models nextvit_nano --seeds 0 --epochs 1 --output {}/peers.csv",
+    "peers_detect.py": "--models nextvit_nano --seeds 0 --epochs 1 --steps 4 --scenes 60 --output {}/peers.csv",
     "finetune.py": "--seeds 0 --pretraining-epochs 1 --epochs 2 --output {}/finetune.csv",
 }
 SAID = {
@@ -109,6 +110,7 @@ SAID = {
     "loader_vs_timm.py": "times timm's",
     "segmentation.py": "training step",
     "detection.py": "torchvision ResNet101",
+    "peers_detect.py": "box_ap50",
 }
 
 
