@@ -23,11 +23,11 @@ from nextvit.data.scenes import scenes_folder
 from nextvit.data.sets import read_split
 from nextvit.demo_detect import SCENES
 from nextvit.evaluate import evaluate_objects
+from nextvit.foreign import TIMM
 from nextvit.metadata import Preprocess
 from nextvit.recipe import read_recipe
 from nextvit.run import Machine
 from nextvit.runtime.torch_session import TorchSession
-from nextvit.timm_maps import PREFIX
 from nextvit.train import train as fine_tune
 
 DEMO = read_recipe("demo_detect")
@@ -44,7 +44,7 @@ def row(name: str, seed: int, epochs: int, steps: int, scenes: int) -> dict[str,
     with tempfile.TemporaryDirectory() as place:
         weights = Path(place) / "classifier.safetensors"
         save_file({key: tensor.contiguous() for key, tensor in classifier.state_dict().items()}, weights)
-        model = name if name.startswith("nextvit") else PREFIX + name
+        model = name if name.startswith("nextvit") else TIMM + name
         values = {"model": model, "weights": weights, "seed": seed, "schedule.steps_per_epoch": steps}
         recipe = read_recipe("demo_detect", [f"{key}={value}" for key, value in values.items()])
         run = Path(place) / "run"

@@ -14,7 +14,8 @@ from tests.conftest import REPOSITORY
 SOURCE = REPOSITORY / "src" / "nextvit"
 ROOMS = [  # the order of docs/architecture.md: a module imports what stands before it, or beside it in its own row
     ["errors", "extras", "files", "progress", "spec", "metadata", "devices", "class_names", "trust"],
-    ["backbone", "timm_maps"],
+    ["peers"],
+    ["backbone", "foreign"],
     ["heads"],
     ["segmenter", "detector"],
     ["networks"],
@@ -36,9 +37,11 @@ ROOMS = [  # the order of docs/architecture.md: a module imports what stands bef
     ["exporters"],
     ["footprint", "pipeline"],
     ["benchmark"],
-    ["candidates", "loading"],
+    ["candidates", "loading", "paper"],
+    ["reproduce"],
     ["describe", "results", "plots"],
     ["report"],
+    ["reproduced"],
     ["demo"],
     ["demo_segment", "demo_detect"],
     ["cli"],

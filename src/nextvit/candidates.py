@@ -14,6 +14,7 @@ from nextvit.errors import NotHere, UserError
 from nextvit.exporters.export import export
 from nextvit.footprint import footprint
 from nextvit.formats import RUN, format_named, format_of
+from nextvit.networks import of_size
 from nextvit.pipeline import Pipeline
 from nextvit.progress import say, track
 from nextvit.runtime.open import HINTS, open_network, open_session
@@ -42,12 +43,14 @@ def open_candidates(
     weights: str | None,
     device: str,
     threads: Sequence[int],
+    image_size: int | None = None,
     hints: Sequence[str] = ("latency",),
     trust: bool = False,
 ) -> Iterator[list[Candidate]]:
     """All rows. A precision or hint that a runtime does not have here is left out, and a line says so.
 
-    A precision of None is each file's own, and fp32 for networks.
+    A precision of None is each file's own, and fp32 for networks. image_size: what is measured, to which networks of
+    others are made whose size is fixed; None: each one's own.
     """
     for what, asked, there in (
         ("runtime", runtimes, RUNTIMES),
@@ -61,10 +64,14 @@ def open_candidates(
     with tempfile.TemporaryDirectory() as folder:
         for number, name in enumerate(models):
             own = Path(name) if format_of(Path(name)) else None
-            files = _export_each(name, weights, runtimes, Path(folder, str(number))) if own is None else {"": own}
+            files = (
+                _export_each(name, weights, runtimes, image_size, Path(folder, str(number)))
+                if own is None
+                else {"": own}
+            )
             for precision, (runtime, file), count, hint in product(precisions, files.items(), threads, hints):
                 if runtime in KINDS:
-                    opener = partial(_opened, name, weights, device, count, precision, runtime, hint)
+                    opener = partial(_opened, name, weights, image_size, device, count, precision, runtime, hint)
                 else:
                     opener = partial(
                         open_session,
@@ -107,9 +114,11 @@ def with_pipelines(rows: Sequence[Row], pipelines: Sequence[Pipeline]) -> list[R
     return [replace(row, pipeline=pipelines[index // several]) for index, row in enumerate(rows)]
 
 
-def _export_each(name: str, weights: str | None, runtimes: Sequence[str], stem: Path) -> dict[str, Path | None]:
+def _export_each(
+    name: str, weights: str | None, runtimes: Sequence[str], image_size: int | None, stem: Path
+) -> dict[str, Path | None]:
     """The file of a network on each runtime: of a variant or checkpoint itself on torch, else an export."""
-    network = open_network(name, weights)
+    network = of_size(open_network(name, weights), image_size)
     files: dict[str, Path | None] = {}
     for runtime in runtimes:
         if runtime in KINDS:
@@ -122,10 +131,18 @@ def _export_each(name: str, weights: str | None, runtimes: Sequence[str], stem: 
 
 
 def _opened(
-    name: str, weights: str | None, device: str, threads: int, precision: str | None, kind: str, hint: str
+    name: str,
+    weights: str | None,
+    image_size: int | None,
+    device: str,
+    threads: int,
+    precision: str | None,
+    kind: str,
+    hint: str,
 ) -> Session:
     insist_on_latency(hint, "torch")
-    return TorchSession(open_network(name, weights), device=device, threads=threads, precision=precision, kind=kind)
+    network = of_size(open_network(name, weights), image_size)
+    return TorchSession(network, device=device, threads=threads, precision=precision, kind=kind)
 
 
 def _fast(device: str) -> str:

@@ -72,13 +72,16 @@ def info(
     debug: Debug = False,
 ) -> None:
     """The variants; or one model's structure, parameters and FLOPs, and what a file holds."""
-    from nextvit.describe import describe_file, describe_variant, describe_variants
+    from nextvit.describe import describe_file, describe_foreign, describe_variant, describe_variants
+    from nextvit.foreign import is_foreign
     from nextvit.spec import VARIANTS
 
     if model is None:
         _show(describe_variants(), as_json)
-    elif any(model == variant.name for variant in VARIANTS) or not os.path.lexists(model):
+    elif any(model == v.name for v in VARIANTS) or not (is_foreign(model) or os.path.lexists(model)):
         _show(describe_variant(model, image_size or 224), as_json)
+    elif is_foreign(model):
+        _show(describe_foreign(model, image_size), as_json)
     else:
         _show(describe_file(Path(model), image_size, trust=trust), as_json)
 
@@ -653,6 +656,7 @@ def benchmark(
         weights=weights,
         device=device,
         threads=_counts("--threads", threads) if threads else [cpu_count()],
+        image_size=image_size,
         hints=hint.split(","),
         trust=trust,
     ) as candidates:
@@ -666,6 +670,53 @@ def benchmark(
     _show({"rows": [row.to_dict() for row in rows]}, as_json, latency_lines(rows))
     if output is not None:
         write_latency(rows, output)
+
+
+@app.command(epilog="Example: nextvit reproduce table4 --only Next-ViT --only ResNet101 --runtimes openvino")
+def reproduce(
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="table4, table5 or table6.")],
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Rows whose name has this in it alone; may be repeated."),
+    ] = None,
+    costs: Annotated[
+        bool, typer.Option("--costs", help="Parameters and operations alone: nothing is measured.")
+    ] = False,
+    runtimes: Annotated[str, typer.Option(help="Of torch, onnx, openvino.")] = "torch,onnx,openvino",
+    precision: Annotated[str, typer.Option(help="Of fp32, bf16, int8, where a runtime has them.")] = "fp32,bf16,int8",
+    batch_size: Annotated[str, typer.Option(help="Images a call; several, as in 1,8, make a column each.")] = "1",
+    rounds: Annotated[int, typer.Option(min=8, help="Interleaved rounds of a row and its anchor.")] = 8,
+    threads: Threads = None,
+    output: Annotated[
+        Path, typer.Option(help="A folder; what it holds from an earlier run is not measured again.")
+    ] = Path("reproduced"),
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """The paper's tables on this machine: costs counted, latencies measured, beside what is printed."""
+    from nextvit.describe import table
+    from nextvit.paper import TABLES, paper_rows
+    from nextvit.progress import track
+    from nextvit.reproduce import chosen_setups, counts, measure, read_latencies
+    from nextvit.reproduced import count_rows, latency_rows, summary, write_reproduction
+
+    if what not in TABLES:
+        raise UserError(f"there is no {what!r} to reproduce; take one of {', '.join(TABLES)}.")
+    rows = [row for row in paper_rows(what) if not only or any(part.lower() in row.name.lower() for part in only)]
+    if not rows:
+        raise UserError(f"no row of {what} has {' or '.join(map(repr, only or []))} in its name.")
+    setups = chosen_setups(runtimes.split(","), precision.split(","))
+    batches = _counts("--batch-size", batch_size)
+    file = output / f"{what}-measured.csv"
+    counted = [counts(row) for row in track(rows, total=len(rows), label="count")]
+    if costs:
+        found = read_latencies(file)
+    else:
+        found = measure(rows, file, setups=setups, batches=batches, threads=threads, rounds=rounds)
+    found = [one for one in found if one.row in {row.key for row in rows}]
+    page = write_reproduction(what, rows, counted, found, output)
+    shown = latency_rows(rows, found) if found else count_rows(rows, counted)
+    _show(summary(rows, counted, found), as_json, [*table(shown), f"the page, with all of it: {page}"])
 
 
 def _benchmark_loading(

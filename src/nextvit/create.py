@@ -13,11 +13,19 @@ from nextvit import class_names
 from nextvit.backbone import NextViT
 from nextvit.detector import Detector
 from nextvit.errors import UserError
+from nextvit.foreign import (
+    ForeignClassifier,
+    ForeignMaps,
+    ends_of,
+    from_classifier,
+    is_foreign,
+    preprocess_of,
+    renamed_foreign,
+)
 from nextvit.metadata import DENSE, HEADS, Metadata, Preprocess
-from nextvit.networks import Dense, Network
+from nextvit.networks import Classifier, Dense, Network
 from nextvit.segmenter import Segmenter
 from nextvit.spec import KV_POOLINGS, VARIANTS, KvPooling, Variant
-from nextvit.timm_maps import PREFIX, TimmMaps, from_classifier
 from nextvit.weights import (
     BACKBONE,
     FIRST_FILTER,
@@ -99,7 +107,8 @@ def create_model(
     """Build a Next-ViT: (B, in_channels, H, W) float -> (B, num_classes) logits; with task "segment" (B,
     num_classes, H / 4, W / 4), with "detect" a dict an image, and of these, given targets too, losses by name.
 
-    name: a variant; for a dense task also "timm:NAME", any network of timm's with maps at strides 4, 8, 16, 32.
+    name: a variant; "timm:NAME", any network of timm's; "peer:NAME", one that the paper compares with and timm lacks
+        (`nextvit.peers`). Networks of others need maps at strides 4, 8, 16, 32 for a dense task.
     weights: None (random), a file (official .pth, timm .pth or .safetensors, our own .safetensors or .ckpt; or what
         `weights.read_weights` gave), a published tag ("in1k", "in1k_384", "in1k_6m", "in1k_6m_384"), or
         "hf-hub:org/name". Those of a classifier give a dense task its backbone; a warning says that the rest is new.
@@ -117,11 +126,12 @@ def create_model(
     """
     head = _checked_head(task, head)
     _check(kv_pooling, num_classes, in_channels, drop_path_rate)
-    of_timm = task != "classify" and name.startswith(PREFIX)
-    if of_timm and (features_only or drop_path_rate is not None):
-        raise UserError(f"features_only and drop_path_rate are Next-ViT's; timm makes {name} with its own.")
-    variant = None if of_timm else variant_named(name)
-    preprocess = Preprocess() if task == "classify" else DENSE[task]
+    foreign = is_foreign(name)
+    if foreign and (features_only or drop_path_rate is not None):
+        raise UserError(f"features_only and drop_path_rate are Next-ViT's; {name} is made with its own.")
+    variant = None if foreign else variant_named(name)
+    usual = preprocess_of(name) if foreign and task == "classify" else Preprocess()
+    preprocess = usual if task == "classify" else DENSE[task]
     metadata = Metadata(name, task, head, (), preprocess, kv_pooling=kv_pooling, in_channels=in_channels)
     file, found = None, None
     if weights is not None:
@@ -130,7 +140,8 @@ def create_model(
         if told is not None and task == "classify":
             metadata = replace(metadata, preprocess=told)
         found = _renamed(model_tensors(file), variant, task, file.source)
-    theirs = None if found is None else class_count(found)
+    layers = dict.fromkeys(ends_of(name)[1], (1, 0)) if foreign and task == "classify" else LAST_LAYERS
+    theirs = None if found is None else class_count(found, layers)
     if num_classes is None:
         num_classes = theirs or CLASSES[task]
     metadata = replace(metadata, num_classes=num_classes, in_channels=in_channels)
@@ -151,10 +162,10 @@ def open_checkpoint(path: str | Path) -> Network:
     return model_of(read_weights(path))
 
 
-def open_classifier(path: str | Path) -> NextViT:
+def open_classifier(path: str | Path) -> Classifier:
     """The same of a file that holds a classifier; UserError for one that does not."""
     model = open_checkpoint(path)
-    if not isinstance(model, NextViT):
+    if not isinstance(model, Classifier):
         raise UserError(f"{path} is for the task {model.metadata.task!r}, and a classifier is needed here.")
     return model
 
@@ -229,16 +240,18 @@ def _read(name: str, weights: str | Path | WeightFile) -> tuple[WeightFile, Prep
 
 
 def _renamed(tensors: dict[str, Tensor], variant: Variant | None, task: str, source: str) -> dict[str, Tensor]:
-    if variant is not None and task == "classify":
-        return rename(tensors, variant, source)
+    if task == "classify":
+        return renamed_foreign(tensors) if variant is None else rename(tensors, variant, source)
     return rename_dense(tensors, variant, task, source)
 
 
 def _built(variant: Variant | None, m: Metadata, *, features_only: bool, drop_path_rate: float | None) -> Network:
-    """The network of a record, its weights random. variant: None for a backbone of timm's."""
+    """The network of a record, its weights random. variant: None for networks of others."""
     dense = m.task != "classify"
+    if variant is None and not dense:
+        return ForeignClassifier(m)
     if variant is None:
-        backbone: NextViT | TimmMaps = TimmMaps(m.variant.removeprefix(PREFIX), m.in_channels)
+        backbone: NextViT | ForeignMaps = ForeignMaps(m.variant, m.in_channels)
     else:
         if dense and drop_path_rate is None:
             drop_path_rate = DENSE_DROP_PATH[m.task].get(variant.name)
@@ -258,10 +271,13 @@ def _built(variant: Variant | None, m: Metadata, *, features_only: bool, drop_pa
 
 def _load(model: Network, found: dict[str, Tensor], file: WeightFile, name: str) -> None:
     """Whole or not at all, but for what is meant to be new: last layers of other classes, all around a backbone."""
-    own, first, around = model.state_dict(), FIRST_FILTER, AROUND
-    if isinstance(model, Dense):
+    own, first, around, layers = model.state_dict(), FIRST_FILTER, AROUND, LAST_LAYERS
+    if isinstance(model, ForeignClassifier):
+        first, last = ends_of(name)
+        layers = dict.fromkeys(last, (1, 0))
+    elif isinstance(model, Dense):
         first = BACKBONE + FIRST_FILTER
-        if isinstance(model.backbone, TimmMaps) and not any(key.startswith(BACKBONE) for key in found):
+        if isinstance(model.backbone, ForeignMaps) and not any(key.startswith(BACKBONE) for key in found):
             found = {BACKBONE + k: t for k, t in from_classifier(model_tensors(file), model.backbone).items()}
         if not any(key.startswith(around) for key in found):
             warnings.warn(f"{file.source} holds a backbone alone: neck and head are new.", stacklevel=3)
@@ -276,7 +292,7 @@ def _load(model: Network, found: dict[str, Tensor], file: WeightFile, name: str)
             warnings.warn(f"{file.source} holds a classifier: the norms of its first three maps are new.", stacklevel=3)
             found = {key: value for key, value in own.items() if key.startswith("stage_norms.")} | found
     adapt_first_filter(found, first, model.metadata.in_channels, file.source)
-    adapt_last_layers(found, model, file.source)
+    adapt_last_layers(found, model, file.source, layers)
     load_into(model, found, file.source, name)
 
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 from nextvit.create import model_of
 from nextvit.data.split import Split
+from nextvit.foreign import is_foreign
 from nextvit.progress import say
 from nextvit.recipe import Recipe
 from nextvit.spec import VARIANTS
-from nextvit.timm_maps import PREFIX
 from nextvit.weights import PUBLISHED, TAGS, NotFetched, read_weights, resolve
 
 SMALLEST = VARIANTS[0].name
@@ -27,7 +27,7 @@ def decided(recipe: Recipe, training: Split) -> Recipe:
         epochs = min(MOST_EPOCHS, max(LEAST_EPOCHS, round(IMAGES_TO_SEE / len(training))))
         recipe = replace(recipe, schedule=replace(recipe.schedule, epochs=epochs))
     if recipe.optimizer.layer_decay is None:
-        ours = recipe.weights != "none" and not recipe.variant.startswith(PREFIX)
+        ours = recipe.weights != "none" and not is_foreign(recipe.variant)
         decay = LAYER_DECAY if ours else 1.0  # of random weights nothing is worth keeping
         recipe = replace(recipe, optimizer=replace(recipe.optimizer, layer_decay=decay))
     if recipe.optimizer.lr is None:

@@ -7,7 +7,9 @@ from typing import Any
 from nextvit.cost import cost
 from nextvit.create import create_model, list_models, model_of, recognised, variant_named
 from nextvit.data.images import printable
+from nextvit.foreign import note_of
 from nextvit.formats import format_of
+from nextvit.networks import of_size
 from nextvit.runtime.open import open_session
 from nextvit.spec import VARIANTS
 from nextvit.weights import ORIGINS, PUBLISHED, TAGS, model_tensors, read_weights
@@ -58,6 +60,21 @@ def describe_variant(name: str, image_size: int) -> dict[str, Any]:
         "mlp_expansion": variant.expand,
         "drop_path": variant.drop_path,
         "published": list(TAGS) if name in PUBLISHED else [],
+    }
+
+
+def describe_foreign(name: str, image_size: int | None) -> dict[str, Any]:
+    """Of a network of others: parameters and operations, counted from it, and how its images are prepared."""
+    model = of_size(create_model(name, task="classify"), image_size)
+    counted = cost(model, image_size or model.metadata.preprocess.image_size)
+    return {
+        "name": name,
+        **({"note": note} if (note := note_of(name)) else {}),
+        "params": counted.params,
+        "image_size": counted.image_size,
+        "gflops": round(counted.gflops, 4),
+        "gflops_counting": "1e9 multiply-adds of convolutions, linear layers and attention products",
+        "preprocess": asdict(model.metadata.preprocess),
     }
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nextvit.backbone import NextViT
+from nextvit.foreign import ForeignMaps
 from nextvit.heads.boxes import (
     PAD,
     ROI_MATCHING,
@@ -35,7 +36,6 @@ from nextvit.heads.mask_rcnn import (
     proposals,
 )
 from nextvit.metadata import Metadata
-from nextvit.timm_maps import TimmMaps
 
 Size = tuple[int, int]  # height and width of an image without its padding
 Objects = dict[str, Tensor]  # boxes (N, 4) with sides above 0, labels int64 (N,), masks uint8 (N, H, W)
@@ -49,7 +49,7 @@ class Detector(nn.Module):
     many boxes the losses see.
     """
 
-    def __init__(self, backbone: NextViT | TimmMaps, metadata: Metadata):
+    def __init__(self, backbone: NextViT | ForeignMaps, metadata: Metadata):
         super().__init__()
         self.metadata = metadata
         self.backbone = backbone

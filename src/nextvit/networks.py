@@ -1,4 +1,4 @@
-"""What `create_model` gives: a classifier, a segmenter or a detector."""
+"""What `create_model` gives: a classifier, of ours or of others, a segmenter or a detector."""
 
 from typing import Any
 
@@ -8,16 +8,24 @@ from torch import nn
 
 from nextvit.backbone import NextViT
 from nextvit.detector import Detector, Padded
+from nextvit.foreign import ForeignClassifier, ForeignMaps
 from nextvit.segmenter import Segmenter
-from nextvit.timm_maps import TimmMaps
 
 Dense = Segmenter | Detector  # a backbone with heads on its maps
-Network = NextViT | Segmenter | Detector
+Classifier = NextViT | ForeignClassifier
+Network = Classifier | Segmenter | Detector
 
 
-def backbone_of(network: Network) -> NextViT | TimmMaps:
+def backbone_of(network: Network) -> NextViT | ForeignClassifier | ForeignMaps:
     """The backbone of a dense network; a classifier is its own."""
     return network.backbone if isinstance(network, Dense) else network
+
+
+def of_size(network: Network, image_size: int | None) -> Network:
+    """The network for images of this size: of others' whose size is fixed a new one."""
+    if isinstance(network, ForeignClassifier) and image_size is not None:
+        return network.of_size(image_size)
+    return network
 
 
 def as_asked(network: Network) -> nn.Module:

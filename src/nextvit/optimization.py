@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nextvit.backbone import NCB, NTB, NextViT
 from nextvit.errors import UserError
-from nextvit.networks import Network
+from nextvit.networks import Network, backbone_of
 from nextvit.recipe import Optimizer, Recipe
 
 BACKBONE = "backbone."
@@ -48,20 +48,16 @@ def _layer(name: str) -> str:
 
 def insist_on_blocks(model: Network, optimizer: Optimizer) -> None:
     """UserError where the recipe asks for something by block or stage of a backbone that is not ours."""
-    if not isinstance(_backbone(model), NextViT) and (optimizer.frozen_stages or optimizer.layer_decay != 1):
+    if not isinstance(backbone_of(model), NextViT) and (optimizer.frozen_stages or optimizer.layer_decay != 1):
         raise UserError(
-            "optimizer.layer_decay and optimizer.frozen_stages go by Next-ViT's blocks; for a backbone of timm's set "
+            "optimizer.layer_decay and optimizer.frozen_stages go by Next-ViT's blocks; for networks of others set "
             "optimizer.layer_decay=1 and optimizer.frozen_stages=0."
         )
 
 
-def _backbone(model: Network) -> nn.Module:
-    return model if isinstance(model, NextViT) else model.backbone
-
-
 def freeze(model: Network, stages: int) -> list[nn.Module]:
     """The stem and the first `stages` stages learn nothing; returns them, whose BatchNorm must stay in eval mode."""
-    backbone = _backbone(model)
+    backbone = backbone_of(model)
     frozen = [backbone.stem, *list(backbone.stages)[:stages]] if stages and isinstance(backbone, NextViT) else []
     for part in frozen:
         part.requires_grad_(False)

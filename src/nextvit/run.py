@@ -28,7 +28,7 @@ from nextvit.files import sweep, write_text
 from nextvit.heads.boxes import Sampling
 from nextvit.learning import LEARNING, Learning
 from nextvit.metadata import Metadata
-from nextvit.networks import Network
+from nextvit.networks import Network, of_size
 from nextvit.objective import Objective
 from nextvit.optimization import RunningMean, freeze, insist_on_blocks, parameter_groups
 from nextvit.processes import Processes, synchronise_batchnorm
@@ -385,6 +385,7 @@ def _model(recipe: Recipe, labels: Sequence[str], saved: WeightFile | None, *, t
     if isinstance(model, Detector):
         model.fixed_norms, model.sampling = bool(recipe.fixed_norms), Sampling(**asdict(recipe.sampling))
     p = LEARNING[recipe.task].prepared(recipe, model.metadata.preprocess)
+    model = of_size(model, p.image_size)
     model.metadata = replace(model.metadata, labels=tuple(labels), preprocess=p)
     return model
 

@@ -4,12 +4,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextvit.backbone import NextViT
+from nextvit.foreign import ForeignMaps
 from nextvit.heads.fpn import FPN
 from nextvit.heads.semantic_fpn import SemanticFPNHead
 from nextvit.heads.units import resized
 from nextvit.heads.upernet import FCNHead, UperNetHead
 from nextvit.metadata import Metadata
-from nextvit.timm_maps import TimmMaps
 
 IGNORED = 255  # the label of pixels that no loss and no metric counts
 AUXILIARY_WEIGHT = 0.4
@@ -21,7 +21,7 @@ class Segmenter(nn.Module):
     backbone: gives four maps at strides 4, 8, 16, 32, of so many channels as `widths` says.
     """
 
-    def __init__(self, backbone: NextViT | TimmMaps, metadata: Metadata):
+    def __init__(self, backbone: NextViT | ForeignMaps, metadata: Metadata):
         super().__init__()
         self.metadata = metadata
         self.backbone = backbone

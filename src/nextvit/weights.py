@@ -300,22 +300,25 @@ def load_into(model: nn.Module, found: Mapping[str, Tensor], source: str, target
     model.load_state_dict(dict(found))
 
 
-def class_count(found: Mapping[str, Tensor]) -> int | None:
-    """How many classes these tensors are made for; None: they have no last layer."""
-    for layer, (each, beside) in LAST_LAYERS.items():
+Layers = Mapping[str, tuple[int, int]]
+
+
+def class_count(found: Mapping[str, Tensor], layers: Layers) -> int | None:
+    """How many classes these tensors are made for, by their last layers; None: they have none."""
+    for layer, (each, beside) in layers.items():
         if f"{layer}.bias" in found:
             return (len(found[f"{layer}.bias"]) - beside) // each
     return None
 
 
-def adapt_last_layers(found: dict[str, Tensor], model: nn.Module, source: str) -> None:
+def adapt_last_layers(found: dict[str, Tensor], model: nn.Module, source: str, layers: Layers) -> None:
     """Another class count: the new last layers of the model stay, and a warning says so."""
     own = model.state_dict()
-    theirs, wanted = class_count(found), class_count(own)
+    theirs, wanted = class_count(found, layers), class_count(own, layers)
     if theirs is None or wanted is None or theirs == wanted:
         return
     warnings.warn(f"{source} has {theirs} classes, {wanted} were asked for: the last layer is new.", stacklevel=3)
-    last = [f"{layer}.{kind}" for layer in LAST_LAYERS for kind in ("weight", "bias")]
+    last = [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
     found |= {key: own[key] for key in last if key in own and key in found}
 
 

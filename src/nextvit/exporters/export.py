@@ -28,9 +28,10 @@ from nextvit.exporters.quantization import Accuracy, accuracy, all_answers
 from nextvit.exporters.rounding import finetune
 from nextvit.extras import need
 from nextvit.files import replacing
+from nextvit.foreign import ForeignClassifier
 from nextvit.formats import FORMATS, Format, Free, format_named, format_of
 from nextvit.metadata import Metadata
-from nextvit.networks import Dense, Network
+from nextvit.networks import Dense, Network, of_size
 from nextvit.progress import say
 from nextvit.runtime.open import open_session
 from nextvit.runtime.session import Session
@@ -110,12 +111,15 @@ def export(
     path = Path(path)
     fmt = _checked(model, path, precision, calibration is not None, max_drop, qat_epochs, preprocess, class_map, stages)
     writer = import_module(f"nextvit.exporters.{fmt.name}")
+    model = of_size(model, image_size)
     metadata = model.metadata.with_image_size(image_size)
     metadata = replace(metadata, version=__version__, precision=precision, gives_classes=class_map)
     images = None if calibration is None else read_calibration(calibration, model, metadata, tune=qat_epochs > 0)
     metadata = replace(metadata, takes_pixels=preprocess)
     start = time.perf_counter()
+    one_size = isinstance(model, ForeignClassifier) and model.fixed_size
     free = fmt.left_open(metadata.preprocess.image_size, dynamic, preprocess)
+    free = Free(batch=free.batch, sides=free.sides and not one_size)
     notes = images.notes if images else ()
     if metadata.task == "detect":
         free = Free(batch=False, sides=free.sides and metadata.preprocess.image_size >= LEAST_OF_DETECTOR)
@@ -123,8 +127,6 @@ def export(
             metadata = replace(metadata, gives_maps=True)
             notes = (*notes, PYRAMID_ALONE.format(fmt.name))
     metadata = _of_one_size(metadata) if metadata.task != "classify" and not free.sides else metadata
-    if dynamic and fmt.free.sides and not free.sides:
-        notes = (*notes, f"the sides are fixed: {fmt.name} leaves them open from {fmt.open_from} pixels up only")
     plain = copy.deepcopy(model).eval().cpu().float()
     with replacing(path) as unfinished:
         form = export_form(plain, fixed=preprocess or not free.sides)
@@ -134,13 +136,16 @@ def export(
             told = f"{qat_epochs} epochs on {len(images.train)} images: {first:.3g} to {last:.3g} nats from its answers"
             kept = "" if last < first else "; it did not help, and the weights are as they were"
             notes = (*notes, f"fine-tuned in int8 to answer as the model does, {told}{kept}")
-        measured: Accuracy | None = None
         parity: Parity | ObjectParity | None = None
         by_stage: tuple[StageComparison, ...] = ()
-        if images is None:
-            written = writer.write(job)
-        else:
-            written, measured, job = _write_int8(writer, plain, job, images, max_drop)
+        try:
+            written, measured, job = _write(writer, plain, job, images, max_drop)
+        except Exception as error:  # torch.export has several kinds for sizes that cannot be left open
+            if not isinstance(model, ForeignClassifier) or not free.sides or isinstance(error, AccuracyError):
+                raise
+            free = Free(batch=free.batch, sides=False)
+            job = replace(job, form=export_form(plain, fixed=True), free=free)
+            written, measured, job = _write(writer, plain, job, images, max_drop)
         if written.opened is not None:
             parity = _compared(plain, _open(written.opened), free, precision)
             if stages:
@@ -152,6 +157,8 @@ def export(
             write_example(unfinished.with_name(f"{path.name}.example"), file, fmt.name, plain, metadata, parity)
         if fmt.program:
             remember(unfinished)
+        if dynamic and fmt.free.sides and not free.sides:
+            notes = (*notes, f"the sides are fixed: {_why_fixed(model, fmt)}")
         report = ExportReport(
             str(path),
             fmt.name,
@@ -272,12 +279,18 @@ def _insist(parity: Parity | ObjectParity, path: Path, stages: Sequence[StageCom
         )
 
 
-def _write_int8(
-    writer: ModuleType, model: Network, job: Job, images: Calibration, max_drop: float | None
+def _why_fixed(model: Network, fmt: Format) -> str:
+    if isinstance(model, ForeignClassifier):
+        return f"{model.metadata.variant} does not leave them open"
+    return f"{fmt.name} leaves them open from {fmt.open_from} pixels up only"
+
+
+def _write(
+    writer: ModuleType, model: Network, job: Job, images: Calibration | None, max_drop: float | None
 ) -> tuple[Written, Accuracy | None, Job]:
-    """Write in int8; if that loses too much, again with more of it in float. -> the file, what it loses, its job."""
+    """Write a file; in int8, if that loses too much, again with more in float. -> the file, what it loses, its job."""
     written = writer.write(job)
-    if written.opened is None:
+    if images is None or written.opened is None:
         return written, None, job
     eager = TorchSession(model, device="cpu", threads=None, precision="fp32")
     eager.metadata = replace(eager.metadata, preprocess=job.metadata.preprocess)

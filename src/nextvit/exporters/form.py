@@ -94,7 +94,7 @@ def stage_outputs(network: Network, x: Tensor) -> list[Tensor]:
     """(B, C, H, W) -> the maps of the stem and of each stage, and the logits."""
     backbone = backbone_of(network)
     if not isinstance(backbone, NextViT):
-        raise UserError("the stages of a backbone of timm's cannot be compared; leave --stages out.")
+        raise UserError("the stages of networks of others cannot be compared; leave --stages out.")
     x = backbone.stem(x)
     outputs, maps = [x], []
     for stage, norm in zip(backbone.stages, [*backbone.stage_norms, backbone.norm], strict=True):
@@ -105,6 +105,7 @@ def stage_outputs(network: Network, x: Tensor) -> list[Tensor]:
         return [*outputs, network.head(x)]
     if isinstance(network, Segmenter):
         return [*outputs, network.decode_head(network.neck(maps))]
+    assert isinstance(network, Detector)
     return [*outputs, torch.cat([level.flatten(1) for level in network.neck(maps)], dim=1)]
 
 

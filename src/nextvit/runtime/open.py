@@ -5,6 +5,7 @@ from pathlib import Path
 
 from nextvit.create import create_model, list_models, open_checkpoint
 from nextvit.errors import UserError
+from nextvit.foreign import TIMM, is_foreign
 from nextvit.formats import format_of
 from nextvit.networks import Network
 from nextvit.runtime.coreml_session import CoreMLSession
@@ -27,9 +28,9 @@ EXPORTED: dict[str, Callable[..., Session]] = {
 
 
 def open_network(model: str | Path, weights: str | None = None) -> Network:
-    """The network of a variant's name (with `weights`, or random ones), a classifier, or of a weight file."""
-    if str(model) in list_models():
-        return create_model(str(model), weights=weights)
+    """The network of a name (with `weights`, or random ones), a classifier, or of a weight file."""
+    if str(model) in list_models() or is_foreign(str(model)):
+        return create_model(str(model), weights=weights, task="classify")
     if weights is not None:
         raise UserError(f"--weights goes with a variant's name ({', '.join(list_models())}), not with {model}.")
     path = Path(model)
@@ -37,7 +38,10 @@ def open_network(model: str | Path, weights: str | None = None) -> Network:
         raise UserError(f"{path} is an exported file; this needs a variant's name or a weight file.")
     if not path.exists():
         names = ", ".join(list_models())
-        raise UserError(f"there is no file {model}, and no variant of that name; the variants are {names}.")
+        raise UserError(
+            f"there is no file {model}, and no variant of that name; the variants are {names}, and {TIMM}NAME is any "
+            "network of timm's."
+        )
     return open_checkpoint(path)
 
 

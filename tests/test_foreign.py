@@ -1,0 +1,105 @@
+"""Networks of others as classifiers: timm's answers, sizes, classes, the way from training to a file."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from nextvit import create_model, export
+from nextvit.create import open_checkpoint
+from nextvit.errors import UserError
+from nextvit.foreign import preprocess_of
+from nextvit.networks import of_size
+from nextvit.runtime.open import open_session
+from nextvit.weights import save_weights
+from tests.conftest import fill, nextvit_here, relative_error
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "deit_tiny_patch16_224", "mobilevitv2_050"])
+def test_answers_as_timms_own_does_from_timms_file(name, tmp_path):
+    theirs = fill(timm.create_model(name))
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+    ours = create_model(f"timm:{name}", weights=tmp_path / "theirs.pth").eval()
+    side = ours.metadata.preprocess.image_size
+    x = torch.randn(2, 3, side, side)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x))
+    save_weights(tmp_path / "ours.safetensors", ours.state_dict(), ours.metadata)
+    again = open_checkpoint(tmp_path / "ours.safetensors").eval()
+    assert again.metadata.variant == f"timm:{name}"
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), ours(x))
+
+
+def test_images_are_prepared_as_timm_records():
+    p, record = preprocess_of("timm:efficientnet_b3"), timm.get_pretrained_cfg("efficientnet_b3")
+    assert (p.image_size, p.crop, p.mean, p.std) == (288, record.crop_pct, tuple(record.mean), tuple(record.std))
+
+
+def test_another_count_of_classes_has_a_new_last_layer_and_the_same_body(tmp_path):
+    theirs = timm.create_model("resnet10t")
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+    with pytest.warns(UserWarning, match="1000 classes, 3 were asked for"):
+        ours = create_model("timm:resnet10t", weights=tmp_path / "theirs.pth", num_classes=3)
+    assert ours.state_dict()["body.fc.weight"].shape == (3, 512)
+    torch.testing.assert_close(ours.body.layer4.state_dict(), theirs.layer4.state_dict())
+
+
+def test_windows_follow_the_size_that_is_asked_for():
+    torch.manual_seed(0)
+    model = fill(create_model("timm:swin_tiny_patch4_window7_224", num_classes=4))
+    with pytest.raises(UserError, match="takes images of 224 x 224 pixels as it is, and not of 256 x 256"):
+        model(torch.zeros(1, 3, 256, 256))
+    other = of_size(model, 256).eval()
+    assert other(torch.zeros(1, 3, 256, 256)).shape == (1, 4)
+    assert other.metadata.preprocess.image_size == 256
+    assert of_size(model, 224) is model
+
+
+def test_a_table_of_positions_that_cannot_follow_is_told():
+    with pytest.raises(UserError, match="has tables of positions for 224 pixels"):
+        of_size(create_model("timm:deit_tiny_patch16_224"), 256)
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [("resnet18", ".onnx"), *(pytest.param("swin_tiny_patch4_window7_224", s, marks=pytest.mark.slow)
+                               for s in (".onnx", ".xml", ".pt2"))],
+)  # fmt: skip
+def test_a_file_of_it_answers_as_it_does_and_says_what_is_fixed(name, suffix, tmp_path):
+    model = fill(create_model(f"timm:{name}", num_classes=5))
+    report = export(model, tmp_path / f"m{suffix}", dynamic=True)
+    fixed = any("the sides are fixed" in note for note in report.notes)
+    assert fixed == name.startswith("swin")
+    session = open_session(tmp_path / f"m{suffix}", device="cpu", threads=1, trust=True)
+    side = model.metadata.preprocess.image_size
+    images = np.random.default_rng(0).standard_normal((4, 3, side, side), np.float32)
+    found = torch.from_numpy(np.concatenate([session(image[None]) for image in images]))
+    with torch.no_grad():
+        assert relative_error(found, model(torch.from_numpy(images))) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["timm:resnet10t", "peer:uniformer_small"])
+def test_from_a_folder_to_a_file_by_the_command_line(name, garment_folder, tmp_path):
+    small = ["--epochs", 1, "--image-size", 32, "--batch-size", 4, "--set", "schedule.steps_per_epoch=2"]
+    run = tmp_path / "run"
+    weights, file = run / "model.safetensors", run / "m.onnx"
+    for arguments in (
+        ["train", garment_folder, "--model", name, "--weights", "none", *small, "--output", run],
+        ["info", weights],
+        ["eval", weights, garment_folder],
+        ["export", weights, "--to", "onnx", "--output", file],
+        ["benchmark", weights, file, "--rounds", 8],
+    ):
+        done = nextvit_here(*arguments)
+        assert done.returncode == 0, done.stderr
+        assert arguments[0] != "info" or name in done.stdout
+
+
+@pytest.mark.parametrize("name", ["timm:resnet10t", "peer:trt_vit_c"])
+def test_info_tells_of_it_before_anything_is_made_of_it(name):
+    done = nextvit_here("info", name)
+    assert done.returncode == 0
+    assert name in done.stdout
+    assert ("reconstruction" in done.stdout) == name.startswith("peer")
