@@ -170,3 +170,33 @@ def samples(
         patches = [patch(color=[level / 255 for level in colour], label=name) for name, colour in legend.items()]
         figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)
     _save(figure, path)
+
+
+def trade_off(panels: Sequence[tuple[str, str, Sequence[tuple[str, float, float]]]], path: Path) -> None:
+    """Accuracy against latency, as PNG and as SVG beside it; panels: (runtime, accuracy, (name, ms, value) a network).
+
+    Networks of one family, by the first word of their names, are a line; Next-ViT's stands out.
+    """
+    columns = min(3, len(panels))
+    figure = _figure(5.4 * columns, 4.2 * -(-len(panels) // columns))
+    grid = np.atleast_1d(figure.subplots(-(-len(panels) // columns), columns, squeeze=False)).ravel()
+    for axes, (runtime, accuracy, points) in zip(grid, panels, strict=False):
+        families: dict[str, list[tuple[float, float, str]]] = {}
+        for name, ms, value in points:
+            families.setdefault(name.split("-")[0].split(" ")[0].rstrip("0123456789"), []).append((ms, value, name))
+        for family, members in families.items():
+            own = family == "Next"
+            members.sort()
+            colour = ORANGE if own else BLUE
+            line = [ms for ms, _, _ in members], [value for _, value, _ in members]
+            axes.plot(*line, color=colour, marker="o", ms=5 if own else 3, lw=2 if own else 0.8, zorder=2 + own)
+            for x, y, name in members:
+                axes.annotate(name, (x, y), (3, 3), textcoords="offset points", size=6, color=colour if own else GREY)
+        axes.set_xscale("log")
+        axes.set(title=runtime, xlabel="ms for one image", ylabel=accuracy)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    _save(figure, path)
+    with replacing(path.with_suffix(".svg")) as unfinished:
+        figure.savefig(unfinished, format="svg")

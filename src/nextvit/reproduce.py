@@ -1,0 +1,343 @@
+"""The paper's Tables 4, 5 and 6, and its Figure 1, on this machine: costs counted, latencies measured, beside what is
+printed.
+
+Every network is measured in a run of its own beside the same anchor, Next-ViT-S, on the same runtime, precision and
+batch, and the ratio to the anchor is what rows are compared by: a busy hour then disturbs both alike.
+"""
+
+import csv
+import gc
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nextvit.benchmark import Row, benchmark
+from nextvit.cost import cost
+from nextvit.create import create_model
+from nextvit.data.images import preprocess
+from nextvit.devices import fast_precisions, pick_device
+from nextvit.errors import NotHere, UserError
+from nextvit.exporters.export import export
+from nextvit.exporters.parity import real_images
+from nextvit.extras import need
+from nextvit.files import write_rows
+from nextvit.formats import format_named
+from nextvit.networks import Network, of_size
+from nextvit.paper import ANCHOR, Claim, PaperRow
+from nextvit.progress import say
+from nextvit.runtime.open import open_session
+from nextvit.runtime.session import Session
+from nextvit.runtime.torch_session import TorchSession
+
+SETUPS = (  # runtime and precision, in the order in which they are measured
+    ("torch", "fp32"),
+    ("onnx", "fp32"),
+    ("openvino", "fp32"),
+    ("openvino", "bf16"),
+    ("openvino", "int8"),
+)
+ROUNDS = 8  # the fewest that an interval of 99 % needs
+NEAR = 0.02  # of a printed cost: what differs by more is flagged
+DENSE = {  # of each table: column, task, head, what is counted, and the height and width that operations are counted at
+    "table5": (("fpn", "segment", "fpn", 512, 2048), ("upernet", "segment", "upernet", 512, 2048)),
+    "table6": (("", "detect", "mask_rcnn", 800, 1280),),
+}
+
+
+def chosen_setups(runtimes: Sequence[str], precisions: Sequence[str]) -> list[tuple[str, str]]:
+    """Of SETUPS those of these runtimes and precisions that this machine has."""
+    for kind, asked, there in (("runtime", runtimes, 0), ("precision", precisions, 1)):
+        known = list(dict.fromkeys(setup[there] for setup in SETUPS))
+        if unknown := [name for name in asked if name not in known]:
+            raise UserError(f"there is no {kind} {unknown[0]!r} to reproduce with; take of {', '.join(known)}.")
+    chosen = [(runtime, precision) for runtime, precision in SETUPS if runtime in runtimes and precision in precisions]
+    if "bf16" not in fast_precisions(pick_device("cpu")):
+        chosen = [setup for setup in chosen if setup[1] != "bf16"]
+    if not chosen:
+        raise UserError("none of these runtimes has one of these precisions here; fp32 runs everywhere.")
+    return chosen
+
+
+# ---- costs -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Count:
+    """A cost of a row: what the paper prints, and what the network has."""
+
+    column: str
+    printed: float | None
+    counted: float | None  # None: see `why`
+    why: str = ""
+    with_attention: float | None = None  # operations of a dense network, attention products among them
+
+    @property
+    def differs(self) -> bool:
+        return self._far(self.counted)
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether the printed figure is the one with attention products, and not the other one."""
+        return self.with_attention is not None and self.differs and not self._far(self.with_attention)
+
+    def _far(self, value: float | None) -> bool:
+        return self.printed is not None and value is not None and abs(value / self.printed - 1) > NEAR
+
+
+def counts(row: PaperRow) -> list[Count]:
+    """Parameters (millions) and operations (1e9 multiply-adds) of a row's network, or of the dense ones on it.
+
+    Counted as the authors counted: of dense networks, and of Next-ViT, without attention products; of other classifiers
+    with them, as their papers do.
+    """
+    found: list[Count] = []
+    for prefix, task, head, height, width in DENSE.get(row.table, (("", "classify", None, row.image_size, None),)):
+        columns = [f"{prefix}_{what}".strip("_") for what in ("params_m", "flops_g")]
+        if not any(column in row.printed for column in columns) and task != "classify":
+            continue
+        try:
+            with torch.random.fork_rng():
+                network = create_model(row.network, task=task, head=head)
+                if task == "classify":
+                    network = of_size(network, row.image_size)
+                counted = cost(network, height, width)
+        except (UserError, RuntimeError) as error:
+            why = str(error).strip().splitlines()[0]
+            found += [Count(column, row.printed.get(column), None, why) for column in columns]
+            continue
+        ours = task != "classify" or row.network.startswith("nextvit")
+        values = (counted.params / 1e6, counted.gflops_paper if ours else counted.gflops)
+        attention = round(counted.gflops, 2) if task != "classify" else None
+        for column, value, all_of_it in zip(columns, values, (None, attention), strict=True):
+            found.append(Count(column, row.printed.get(column), round(value, 2), with_attention=all_of_it))
+    return found
+
+
+# ---- latencies -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Latency:
+    """One row of one table on one runtime: milliseconds for a batch, and the ratio to the anchor's; or why not."""
+
+    table: str
+    row: str
+    runtime: str
+    precision: str
+    batch: int
+    threads: int | None = None
+    ms: float | None = None  # for the batch, median of the rounds
+    ratio: float | None = None  # to the anchor's for the same batch
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+    why: str = ""  # it could not be measured
+
+    @property
+    def setup(self) -> tuple[str, str, int]:
+        return self.runtime, self.precision, self.batch
+
+    @property
+    def interval(self) -> tuple[float, float, float]:
+        """Low end, ratio and high end, of one that was measured."""
+        if self.ratio is None or self.ratio_low is None or self.ratio_high is None:
+            raise ValueError(f"{self.row} was not measured: {self.why}")
+        return self.ratio_low, self.ratio, self.ratio_high
+
+
+def measure(
+    rows: Sequence[PaperRow],
+    file: Path,
+    *,
+    setups: Sequence[tuple[str, str]] = SETUPS,
+    batches: Sequence[int] = (1,),
+    threads: int | None = None,
+    rounds: int = ROUNDS,
+) -> list[Latency]:
+    """Measure all rows of a table, keeping each in the CSV `file` when it is known: what is there is not done again."""
+    done = read_latencies(file)
+    sizes = {row.image_size for row in rows} if rows[0].table != "table4" else {224}
+    with tempfile.TemporaryDirectory() as place:
+        anchor_size = min(sizes)
+        anchors = Sessions(of_size(create_model(ANCHOR), anchor_size), anchor_size, Path(place, "anchor"), threads)
+        for number, row in enumerate(rows, 1):
+            wanted = [(r, p, b) for r, p in setups for b in batches]
+            there = {found.setup for found in done if found.row == row.key}
+            left = [setup for setup in wanted if setup not in there]
+            if not left:
+                continue
+            say(f"{number} of {len(rows)}: {row.name}, {row.image_size} pixels")
+            for found in _measured(row, left, anchors, Path(place, "row"), threads, rounds):
+                done.append(found)
+                write_rows(file, [asdict(one) for one in done])
+            gc.collect()
+    return done
+
+
+class Sessions:
+    """A network on the runtimes, each exported and opened when it is first asked for."""
+
+    def __init__(self, network: Network, image_size: int, stem: Path, threads: int | None):
+        self.network, self.image_size, self.stem, self.threads = network, image_size, stem, threads
+        self.open: dict[tuple[str, str], Session] = {}
+        _calibrate(network, image_size)
+
+    def __call__(self, runtime: str, precision: str) -> Session:
+        if (runtime, precision) not in self.open:
+            self.open[runtime, precision] = self._opened(runtime, precision)
+        return self.open[runtime, precision]
+
+    def _opened(self, runtime: str, precision: str) -> Session:
+        if runtime == "torch":
+            session = TorchSession(self.network, device="cpu", threads=self.threads, precision=precision, kind="eager")
+            session.metadata = session.metadata.with_image_size(self.image_size)
+            return session
+        suffix, kind = format_named(runtime).suffix, "int8" if precision == "int8" else "float"
+        path = self.stem.with_name(f"{self.stem.name}-{kind}{suffix}")
+        if not path.exists():
+            images = [image.rotate(90 * turn) for turn in range(4) for image in real_images()]
+            how = {"precision": "int8", "calibration": images, "max_drop": None} if kind == "int8" else {}
+            export(self.network, path, image_size=self.image_size, **how)  # type: ignore[arg-type]
+        chosen = None if kind == "int8" else precision
+        return open_session(path, device="cpu", threads=self.threads, precision=chosen, trust=True)
+
+
+def _measured(
+    row: PaperRow,
+    setups: Sequence[tuple[str, str, int]],
+    anchors: Sessions,
+    stem: Path,
+    threads: int | None,
+    rounds: int,
+) -> Iterator[Latency]:
+    for old in stem.parent.glob(f"{stem.name}-*"):  # of the row before
+        old.unlink() if old.is_file() else None
+    try:
+        network = of_size(create_model(row.network, task="classify"), row.image_size)
+        own = Sessions(network, row.image_size, stem, threads)
+    except (UserError, RuntimeError) as error:
+        for setup in setups:
+            yield Latency(row.table, row.key, *setup, why=_first_line(error))
+        return
+    for runtime, precision, batch in setups:
+        try:
+            pair = [("anchor", anchors(runtime, precision)), (row.key, own(runtime, precision))]
+            found = benchmark(pair, batches=[batch], rounds=rounds)[1]
+            yield _latency(row, runtime, precision, batch, found)
+        except Exception as error:  # a network that one runtime cannot have: the rest goes on
+            say(f"{row.name}, {runtime}, {precision}: {_first_line(error)}")
+            yield Latency(row.table, row.key, runtime, precision, batch, why=_first_line(error))
+
+
+def _latency(row: PaperRow, runtime: str, precision: str, batch: int, found: Row) -> Latency:
+    ratio, low, high = (round(value, 4) for value in (found.ratio, found.ratio_low, found.ratio_high))
+    return Latency(
+        row.table, row.key, runtime, precision, batch, found.setup.threads, round(found.median_ms, 3), ratio, low, high
+    )
+
+
+def _first_line(error: Exception) -> str:
+    kind = "" if isinstance(error, UserError | NotHere) else f"{type(error).__name__}: "
+    lines = str(error).strip().splitlines() or ["?"]
+    return kind + lines[0][:300]
+
+
+def _calibrate(network: Network, image_size: int) -> None:
+    """Give BatchNorm the statistics of real images: with those of fresh weights values vanish or overflow."""
+    p = network.metadata.with_image_size(image_size).preprocess
+    images = np.stack([preprocess(image, p) for image in real_images()[:8]])
+    network.train()
+    with torch.no_grad():
+        for _ in range(2):
+            network(torch.from_numpy(images))
+    network.eval()
+
+
+def read_latencies(file: Path) -> list[Latency]:
+    """What a run left; none where there is no file."""
+    if not file.exists():
+        return []
+    found = []
+    with open(file, encoding="utf-8", newline="") as handle:
+        for record in csv.DictReader(handle):
+            if record.keys() != {field.name for field in fields(Latency)}:
+                raise UserError(f"{file} was not written by `nextvit reproduce`; name another folder.")
+            found.append(
+                Latency(
+                    table=record["table"],
+                    row=record["row"],
+                    runtime=record["runtime"],
+                    precision=record["precision"],
+                    batch=int(record["batch"]),
+                    threads=int(record["threads"]) if record["threads"] else None,
+                    ms=_number(record["ms"]),
+                    ratio=_number(record["ratio"]),
+                    ratio_low=_number(record["ratio_low"]),
+                    ratio_high=_number(record["ratio_high"]),
+                    why=record["why"],
+                )
+            )
+    return found
+
+
+def _number(text: str) -> float | None:
+    return float(text) if text else None
+
+
+# ---- what follows from them ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Held:
+    """A claim of the paper on one runtime: how many times as long the slower network takes."""
+
+    claim: Claim
+    runtime: str
+    precision: str
+    printed: float  # on TensorRT
+    measured: float
+    low: float  # of an interval of 99 % of each latency, the two at their worst
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        if self.low > 1:
+            return "holds" if self.high >= self.printed else "faster, by less than printed"
+        return "not here" if self.high < 1 else "within the error"
+
+
+def held(claims: Sequence[Claim], rows: Sequence[PaperRow], found: Sequence[Latency]) -> list[Held]:
+    """The claims on every runtime on which both networks were measured, with a batch of one."""
+    by_key = {row.key: row for row in rows}
+    measured = {(one.row, *one.setup): one for one in found if one.ratio is not None}
+    verdicts = []
+    for claim in claims:
+        if not rows or claim.table != rows[0].table or claim.faster not in by_key or claim.slower not in by_key:
+            continue
+        fast, slow = (by_key[key].printed["tensorrt_ms"] for key in (claim.faster, claim.slower))
+        for key, one in measured.items():
+            other = measured.get((claim.slower, *key[1:]))
+            if key[0] != claim.faster or one.batch != 1 or other is None:
+                continue
+            (low, middle, high), (other_low, other_middle, other_high) = one.interval, other.interval
+            times = other_middle / middle, other_low / high, other_high / low
+            verdicts.append(Held(claim, one.runtime, one.precision, slow / fast, *times))
+    return verdicts
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """Of (cost, accuracy) points, which no other one beats: cheaper or as cheap, and as accurate or more, and not the
+    same in both.
+    """
+    return [
+        not any(c <= cost_ and a >= accuracy and (c, a) != (cost_, accuracy) for c, a in points)
+        for cost_, accuracy in points
+    ]
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Spearman's rho of two orders of the same things; ties have their mean rank."""
+    return float(need("scipy.stats", extra="peers").spearmanr(first, second).statistic)

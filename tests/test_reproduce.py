@@ -1,0 +1,289 @@
+"""The paper's tables on this machine: what is printed is what the files hold, and what is told of it follows."""
+
+import csv
+import json
+from dataclasses import replace
+
+import pytest
+
+from nextvit import reproduce
+from nextvit.create import create_model
+from nextvit.errors import UserError
+from nextvit.foreign import preprocess_of
+from nextvit.paper import ACCURACY, CLAIMS, EXPLAINED, TABLES, Claim, PaperRow, paper_rows
+from nextvit.peers import PEERS
+from nextvit.reproduce import (
+    Count,
+    Latency,
+    chosen_setups,
+    counts,
+    held,
+    measure,
+    pareto_front,
+    rank_correlation,
+    read_latencies,
+)
+from nextvit.reproduced import correlation_rows, count_rows, latency_rows
+from tests.conftest import nextvit_here
+
+ROWS = {table: paper_rows(table) for table in TABLES}
+TINY = (  # of no paper: small enough to measure within a test
+    PaperRow("table4", "Small", "timm:resnet10t", 64, "small", {"tensorrt_ms": 2.0, "top1": 70.0}),
+    PaperRow("table4", "None", "timm:no_such_network", 64, "small", {"tensorrt_ms": 1.0, "top1": 60.0}),
+    PaperRow("table4", "Nano", "nextvit_nano", 64, "small", {"tensorrt_ms": 1.0, "top1": 72.0}),
+)
+
+
+def latency(row: str, ratio: float | None, table: str = "table4", width: float = 0.01, **more) -> Latency:
+    if ratio is None:
+        return Latency(table, row, "onnx", "fp32", 1, why="it could not be")
+    return Latency(table, row, "onnx", "fp32", 1, 1, ratio * 10, ratio, ratio - width, ratio + width, **more)
+
+
+# ---- what is printed -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("table", "count"), [("table4", 52), ("table5", 33), ("table6", 32)])
+def test_every_row_of_a_table_is_there_once(table, count):
+    keys = [row.key for row in ROWS[table]]
+    assert len(keys) == len(set(keys)) == count
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "printed"),
+    [
+        ("table4", "Next-ViT-S 224", {"params_m": 31.7, "flops_g": 5.8, "tensorrt_ms": 7.7, "top1": 82.4}),
+        ("table5", "Next-ViT-L 512", {"fpn_flops_g": 331, "upernet_miou_ms": 51.1, "tensorrt_ms": 65.3}),
+        ("table6", "Next-ViT-B 512", {"box_ap_1x": 47.2, "mask_ap_3x": 44.4, "box_ap_3x": 49.4, "tensorrt_ms": 51.6}),
+    ],
+)  # fmt: skip
+def test_figures_are_the_printed_ones(table, key, printed):
+    row = next(row for row in ROWS[table] if row.key == key)
+    assert {column: row.printed[column] for column in printed} == printed
+
+
+def test_a_figure_that_is_not_printed_is_not_there():
+    assert "tensorrt_ms" not in next(row for row in ROWS["table4"] if row.name == "Swin-T").printed
+
+
+@pytest.mark.parametrize("row", [row for rows in ROWS.values() for row in rows], ids=lambda r: f"{r.table}-{r.key}")
+def test_every_row_has_a_network_and_an_accuracy(row):
+    if row.network.startswith("peer:"):
+        assert row.network.removeprefix("peer:") in PEERS
+    elif row.network.startswith("timm:"):
+        preprocess_of(row.network)  # UserError where timm has none of the name
+    else:
+        assert row.network.startswith("nextvit_")
+    assert any(column in row.printed for column in ACCURACY[row.table])
+
+
+def test_explanations_and_claims_are_of_rows_that_there_are():
+    keys = {(row.table, row.key) for rows in ROWS.values() for row in rows}
+    assert {(table, key) for table, key, _ in EXPLAINED} <= keys
+    assert {(c.table, key) for c in CLAIMS for key in (c.faster, c.slower)} <= keys
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda c: f"{c.table}-{c.faster}-{c.slower}")
+def test_claims_hold_in_the_papers_own_figures(claim):
+    printed = {row.key: row.printed for row in ROWS[claim.table]}
+    assert printed[claim.faster]["tensorrt_ms"] <= printed[claim.slower]["tensorrt_ms"]
+
+
+# ---- costs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("table", TABLES)
+def test_every_cost_is_the_printed_one_or_its_difference_is_explained(table):
+    counted = [counts(row) for row in ROWS[table]]
+    lines = count_rows(ROWS[table], counted)
+    unexplained = [(line["network"], line["cost"]) for line in lines if line["flag"] and not line["why"]]
+    assert unexplained == []
+    flagged = {
+        (table, row.key, one.column)
+        for row, some in zip(ROWS[table], counted, strict=False)
+        for one in some
+        if one.differs
+    }
+    assert {key for key in EXPLAINED if key[0] == table} <= flagged  # no explanation of what agrees
+    assert {line["network"] for line in lines if line["counted"] == "-"} <= {"CoaT Mini", "CoaT Small"}
+
+
+def test_costs_are_counted_from_the_network_and_compared_to_what_is_printed():
+    resnet = next(row for row in ROWS["table4"] if row.name == "ResNet101")
+    params, flops = counts(resnet)
+    assert (params.counted, params.differs) == (44.55, False)
+    assert flops.counted == pytest.approx(7.8, abs=0.05)
+    wrong = replace(resnet, printed={"params_m": 30.0})
+    assert [one.differs for one in counts(wrong)] == [True, False]
+
+
+def test_attention_products_explain_a_difference_where_they_do():
+    row = next(row for row in ROWS["table6"] if row.name == "CSWin-S")
+    line = count_rows([row], [[Count("flops_g", 342.0, 300.45, with_attention=343.6)]])[0]
+    assert line["why"] == "printed with attention products; with them it is 343.6"
+    line = count_rows([row], [[Count("flops_g", 342.0, 300.45, with_attention=310.0)]])[0]
+    assert line["flag"] == "differs"
+    assert line["why"] == ""
+
+
+def test_a_network_that_cannot_be_built_says_why():
+    params, flops = counts(TINY[1])
+    assert params.counted is None
+    assert "timm has no network 'no_such_network'" in params.why
+    assert flops.counted is None
+    assert not flops.differs
+
+
+# ---- latencies -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    file = tmp_path_factory.mktemp("measured") / "table4-measured.csv"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reproduce, "ANCHOR", "nextvit_nano")
+        found = measure(TINY, file, setups=[("torch", "fp32"), ("onnx", "fp32")], batches=(1,), threads=1)
+    return file, found
+
+
+def test_every_row_is_measured_or_says_why(measured):
+    _, found = measured
+    assert [(one.row, one.runtime) for one in found] == [
+        (row.key, runtime) for row in TINY for runtime in ("torch", "onnx")
+    ]
+    for one in found:
+        if one.row.startswith("None"):
+            assert one.ms is None
+            assert "no_such_network" in one.why
+        else:
+            low, ratio, high = one.interval
+            assert low <= ratio <= high
+            assert one.ms > 0
+            assert one.threads == 1
+
+
+def test_what_is_measured_is_read_again_and_not_measured_again(measured, monkeypatch):
+    file, found = measured
+    assert read_latencies(file) == found
+    monkeypatch.setattr(reproduce, "benchmark", lambda *a, **k: pytest.fail("it was measured again"))
+    before = file.read_bytes()
+    again = measure(TINY, file, setups=[("torch", "fp32"), ("onnx", "fp32")], batches=(1,), threads=1)
+    assert again == found
+    assert file.read_bytes() == before
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("x,y\n1,2\n")
+    with pytest.raises(UserError, match="was not written by `nextvit reproduce`"):
+        read_latencies(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize(
+    ("runtimes", "precisions", "told"),
+    [
+        (["tvm"], ["fp32"], "no runtime 'tvm' to reproduce with; take of torch, onnx, openvino"),
+        (["onnx"], ["fp8"], "no precision 'fp8'"),
+        (["onnx"], ["int8"], "none of these runtimes has one of these precisions here"),
+    ],
+)
+def test_a_setup_that_there_is_not_is_refused(runtimes, precisions, told):
+    with pytest.raises(UserError, match=told):
+        chosen_setups(runtimes, precisions)
+
+
+# ---- what follows ----------------------------------------------------------------------------------------------------
+
+
+def test_the_front_is_who_nobody_beats():
+    assert pareto_front([(1, 70), (2, 80), (3, 75), (2, 80), (1, 60), (4, 90)]) == [
+        True,
+        True,
+        False,
+        True,
+        False,
+        True,
+    ]
+
+
+def test_ranks_and_not_sizes_make_the_correlation():
+    assert rank_correlation([1, 2, 3, 4], [10, 200, 201, 9000]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
+    assert rank_correlation([1, 2, 3], [1, 3, 2]) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("slower", "verdict"),
+    [(3.0, "holds"), (1.5, "faster, by less than printed"), (1.005, "within the error"), (0.5, "not here")],
+)
+def test_a_claim_is_judged_by_both_intervals(slower, verdict):
+    rows = [
+        PaperRow("table4", "A", "nextvit_small", 224, "small", {"tensorrt_ms": 5.0}),
+        PaperRow("table4", "B", "timm:resnet18", 224, "small", {"tensorrt_ms": 10.0}),
+    ]
+    claim = Claim("table4", "A 224", "B 224")
+    (one,) = held([claim], rows, [latency("A 224", 1.0), latency("B 224", slower)])
+    assert (one.printed, one.verdict) == (2.0, verdict)
+    assert one.low < one.measured < one.high
+    assert held([claim], rows, [latency("A 224", 1.0), latency("B 224", None)]) == []
+
+
+def test_a_claim_about_another_table_is_not_judged_by_this_one():
+    rows = [
+        PaperRow("table5", "A", "nextvit_small", 512, "small", {"tensorrt_ms": 5.0}),
+        PaperRow("table5", "B", "timm:resnet18", 512, "small", {"tensorrt_ms": 10.0}),
+    ]
+    found = [latency("A 512", 1.0, "table5"), latency("B 512", 2.0, "table5")]
+    assert held([Claim("table6", "A 512", "B 512")], rows, found) == []
+
+
+def test_lines_mark_the_front_and_tell_what_was_not_measured():
+    rows = [
+        PaperRow("table4", name, "nextvit_small", 224, "small", {"top1": top1, "tensorrt_ms": ms})
+        for name, top1, ms in (("A", 80.0, 5.0), ("B", 79.0, 6.0), ("C", 81.0, 7.0), ("D", 90.0, 1.0))
+    ]
+    found = [latency("A 224", 1.0), latency("B 224", 1.2), latency("C 224", 1.4), latency("D 224", None)]
+    told = [line["onnx fp32"] for line in latency_rows(rows, found)]
+    assert told[0] == "10.0 ms, 1.00 (0.99 to 1.01) *"
+    assert [text.endswith("*") for text in told] == [True, False, True, False]
+    assert told[3] == "not measured: it could not be"
+    assert correlation_rows(rows, found)[0]["TensorRT, ms (printed)"] == "-"  # too few to be ranked
+
+
+# ---- the verb --------------------------------------------------------------------------------------------------------
+
+
+def test_the_verb_leaves_a_page_tables_and_the_plot(tmp_path):
+    asked = ("reproduce", "table4", "--only", "DeiT-T", "--runtimes", "torch", "--precision", "fp32", "--threads", 1)
+    done = nextvit_here(*asked, "--output", tmp_path, "--json")
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout)
+    assert [one["row"] for one in shown["latencies"]] == ["DeiT-T 224"]
+    assert {one["column"] for one in shown["costs"]} == {"params_m", "flops_g"}
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left >= {"table4.html", "table4.png", "table4.svg", "table4-costs.csv", "table4-latency.csv"}
+    page = (tmp_path / "table4.html").read_text()
+    assert "DeiT-T" in page
+    assert "the distilled network" in page
+    with open(tmp_path / "table4-latency.csv", newline="") as handle:
+        (line,) = csv.DictReader(handle)
+    assert line["top-1, %"] == "72.2"
+    assert line["torch fp32"].endswith("*")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["table12"], "there is no 'table12' to reproduce; take one of table4, table5, table6"),
+        (["table4", "--only", "VGG"], "no row of table4 has 'VGG' in its name"),
+        (["table4", "--batch-size", "0"], "--batch-size takes whole numbers from 1"),
+    ],
+)
+def test_what_cannot_be_reproduced_is_told_at_once(arguments, told, tmp_path):
+    done = nextvit_here("reproduce", *arguments, "--output", tmp_path)
+    assert done.returncode == 2
+    assert told in done.stderr
+
+
+def test_the_anchor_is_a_network_of_ours():
+    assert create_model(reproduce.ANCHOR).metadata.variant == "nextvit_small"
