@@ -21,7 +21,7 @@ from nextvit.data.objects import object_split
 from nextvit.data.scenes import compose, scenes_folder
 from nextvit.evaluate import evaluate_objects
 from nextvit.metadata import Metadata, Preprocess
-from nextvit.tasks.detect import LEAST, Detections, detect, pasted
+from nextvit.tasks.detect import LEAST, Detections, decode, detect, pasted
 from nextvit.weights import save_weights
 from tests.conftest import nextvit_here
 from tests.detectors import lively
@@ -347,3 +347,15 @@ def test_what_has_no_meaning_is_refused(flags, told, checkpoint, tmp_path):
     done = nextvit_here(*(place.get(flag, flag) for flag in flags))
     assert done.returncode == 2, done.stdout
     assert told in done.stderr
+
+
+def test_boxes_of_which_nothing_lies_in_the_image_are_left_out():
+    found = {
+        "boxes": np.array([[5, 5, 20, 20], [40, 5, 60, 20], [3, 30, 9, 44]], np.float32),
+        "labels": np.array([0, 1, 0]),
+        "scores": np.array([0.9, 0.8, 0.7], np.float32),
+        "masks": np.ones((3, 28, 28), np.float32),
+    }
+    left = decode(found, (30, 40), (60, 80), ("a", "b"))  # an image of 40 x 30 pixels in what the network was given
+    assert left.boxes.tolist() == [[10, 10, 40, 40]]
+    assert (left.classes.tolist(), len(left.masks)) == ([0], 1)

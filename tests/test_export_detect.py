@@ -1,5 +1,6 @@
 """Detectors as files: whole where the format can, and the same objects; int8 with its drop in AP; what cannot be."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -187,6 +188,17 @@ def test_calibration_tells_of_objects_that_it_leaves_out(model, tmp_path):
     file.write_text(json.dumps(whole))
     found = read_calibration(tmp_path / "mine", model, model.metadata)
     assert [note for note in found.notes if "1 entries of train are left out" in note and "-4 x 9 pixels" in note]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", [".xml", ".onnx"])
+def test_int8_of_a_size_below_the_least_open_one_takes_images_of_any_shape(ending, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(objects, "scenes_folder", lambda: scenes_folder(40, 4))
+    model = copy.deepcopy(model)
+    model.metadata = model.metadata.with_image_size(64)
+    report = export(model, tmp_path / f"m{ending}", precision="int8", calibration="demo", max_drop=None)
+    assert any("leaves them open from 65 pixels up only" in note for note in report.notes)
+    assert len(load(tmp_path / f"m{ending}").predict([Image.new("RGB", (300, 100), "red")])) == 1
 
 
 @pytest.mark.slow

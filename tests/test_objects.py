@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -249,6 +250,7 @@ MISSHAPEN = {
         "two points": entry(500, segmentation=[[1, 2, 3, 4]]),
         "odd": entry(500, segmentation=[[1, 2, 3, 4, 5, 6, 7]]),
         "undefined": entry(500, segmentation=[[1, 2, 3, NAN, 5, 6]]),
+        "outside": entry(500, segmentation=[[-30, -30, -20, -30, -20, -20], [70, 5, 90, 5, 90, 9]]),
         "text": entry(500, segmentation=[["1", "2", "3", "4", "5", "6"]]),
         "number": entry(500, segmentation=3),
     },
@@ -345,6 +347,85 @@ def test_yolo_becomes_coco(tmp_path):
     assert found.masks()[1].sum() == pytest.approx(75, abs=15)
 
 
+def test_yolos_lists_of_folders_and_names_that_yaml_has_for_other_things(tmp_path):
+    folder = yolo(tmp_path / "yolo")
+    (folder / "data.yaml").write_text("train: [images/train, images/val]\nval: images/val\nnames: [yes, 1]\n")
+    (folder / "another.yaml").write_text("a: b\n")
+    (folder / "labels" / "val" / "1.txt").write_text("1.0 0.5 0.5 0.2 0.2\n")
+    assert convert(folder, tmp_path / "coco") == {"train": 6, "val": 2}
+    assert object_split(tmp_path / "coco", "val").labels == ("yes", "1")
+
+
+def test_images_without_any_labels_are_no_yolo_set(tmp_path):
+    folder = yolo(tmp_path / "yolo")
+    shutil.rmtree(folder / "labels")
+    with pytest.raises(
+        UserError, match="no image of .*data.yaml has labels; they would be such as .*labels/train/0.txt"
+    ):
+        convert(folder, tmp_path / "coco")
+
+
+def test_pascal_vocs_trainval_alone_is_divided_and_empty_lists_are_told(tmp_path):
+    folder = voc(tmp_path / "voc")
+    lists = folder / "ImageSets" / "Main"
+    (lists / "train.txt").write_text("")
+    (lists / "val.txt").write_text("")
+    with pytest.raises(UserError, match="the lists in .* name no images"):
+        convert(folder, tmp_path / "coco")
+    (lists / "trainval.txt").write_text("im0\nim1\nim2\nim3\nim4\n")
+    assert convert(folder, tmp_path / "coco") == {"train": 4, "val": 1}
+
+
+@pytest.mark.parametrize(("make", "told"), [(None, "there is no folder"), (coco, "COCO's layout needs no conversion")])
+def test_what_needs_no_conversion_is_told(make, told, tmp_path):
+    if make:
+        make(tmp_path / "set")
+    with pytest.raises(UserError, match=told):
+        convert(tmp_path / "set", tmp_path / "new")
+
+
+@pytest.mark.parametrize("key", ["id", "image_id", "category_id"])
+def test_numbers_beyond_64_bits_fit_nothing(key, tmp_path):
+    split = object_split(coco(tmp_path / "set", content(4, [entry(500) | {key: 2**63}])), "train")
+    assert len(split.annotations) == 4
+    assert len(split.faults) == 1
+
+
+@pytest.mark.parametrize("where", ["images", "categories"])
+def test_images_and_categories_beyond_64_bits_are_refused(where, tmp_path):
+    whole = content(4)
+    whole[where][0]["id"] = 2**70
+    with pytest.raises(UserError, match="64 bits"):
+        object_split(coco(tmp_path / "set", whole), "train")
+
+
+def test_a_file_too_deep_to_be_read_says_so(tmp_path):
+    folder = coco(tmp_path / "set")
+    (folder / "annotations" / "instances_train2017.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="is no JSON: maximum recursion depth"):
+        object_split(folder, "train")
+
+
+def test_crowds_alone_teach_nothing(tmp_path):
+    whole = content(4)
+    for one in whole["annotations"]:
+        one["iscrowd"] = 1
+    split = object_split(coco(tmp_path / "set", whole), "train")
+    with pytest.raises(UserError, match="none of 4 images of train has an object that is no crowd; nothing is learnt"):
+        quick_check(split, split)
+
+
+def test_classes_that_train_lacks_are_found(tmp_path):
+    folder = coco(tmp_path / "set")
+    file = folder / "annotations" / "instances_val2017.json"
+    whole = content(4)
+    whole["categories"].append({"id": 9, "name": "cow"})
+    file.write_text(json.dumps(whole))
+    found = check([object_split(folder, name) for name in ("train", "val")])
+    (finding,) = [finding for finding in found.findings if finding.kind == "other classes"]
+    assert (finding.serious, finding.examples) == (True, ("cow in val",))
+
+
 @pytest.mark.parametrize(
     ("name", "text", "told"),
     [
@@ -361,6 +442,17 @@ def test_yolo_becomes_coco(tmp_path):
             "9 x 9",
         ),
         ("voc/ImageSets/Main/val.txt", "absent", "no image absent"),
+        ("yolo/data.yaml", "names: [a, b]\nkpt_shape: [4, 3]\ntrain: images/train", "is of poses"),
+        ("yolo/data.yaml", "names: [a, b]\ntrain: {a: b}", "train is neither a folder nor a list of folders"),
+        ("yolo/data.yaml", "names: [a, b]\ntrain: [images/train", "is not plain YAML: while parsing .* line 2"),
+        ("yolo/labels/train/1.txt", "0 0.5 0.5 -0.3 0.1", "a box has sides of -18 x 4 pixels"),
+        ("yolo/labels/train/1.txt", "0.5 0.5 0.5 0.1 0.1", "line 1 has a class or a place that is none"),
+        (
+            "voc/Annotations/im1.xml",
+            "<annotation><object><name>red</name><bndbox><xmin>30</xmin><ymin>6</ymin><xmax>11</xmax><ymax>25</ymax>"
+            "</bndbox></object></annotation>",
+            "a box has sides of -18 x 20 pixels",
+        ),
     ],
 )
 def test_labels_that_cannot_be_read_leave_nothing_behind(name, text, told, tmp_path):

@@ -217,6 +217,13 @@ def test_from_a_classifier_with_loading_processes_the_frozen_stage_is_kept(few, 
 
 
 @pytest.mark.slow
+def test_it_trains_compiled(few, tmp_path):
+    recipe = read_recipe("finetune_detect", [*SMALL, "schedule.epochs=1"])
+    train("demo", recipe, tmp_path / "run", machine=Machine(threads=1, workers=0, compile=True))
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
 def test_a_backbone_of_timms_and_a_set_of_one_class_train(tmp_path):
     whole = content(4)
     whole["categories"] = [{"id": 3, "name": "dog"}]

@@ -105,7 +105,8 @@ def _calls_a_round(name: str, session: Session, images: np.ndarray) -> int:
     except Exception as error:  # each runtime has its own kinds; a file of fixed size is the usual reason
         shape = "x".join(map(str, images.shape))
         raise UserError(
-            f"{name} cannot run an input of {shape}: {str(error).strip().splitlines()[-1][:200]}"
+            f"{name} cannot run an input of {shape}; a file of one size or batch takes no other. It says: "
+            f"{' '.join(str(error).split())[:300]}"
         ) from error
     return max(1, round(SLICE * done / (time.perf_counter() - start)))
 

@@ -89,7 +89,10 @@ def info(
 @app.command(epilog="Example: nextvit train demo --recipe demo --output runs/first")
 def train(
     data: Annotated[
-        str, typer.Argument(metavar="DATA", help="A folder with train/ and val/, or of classes; or `demo`.")
+        str,
+        typer.Argument(
+            metavar="DATA", help="A folder with train/ and val/, of classes, with masks, or as COCO's; or `demo`."
+        ),
     ],
     task: Annotated[str | None, typer.Option(help="classify, segment or detect; left out: the recipe's own.")] = None,
     model: Annotated[str | None, typer.Option(help="The variant; left out: the recipe's own.")] = None,
@@ -248,9 +251,11 @@ def data_pack(
     debug: Debug = False,
 ) -> None:
     """Write the images as they are into WebDataset shards, which every verb takes as DATA."""
-    from nextvit.data.sets import read_splits
+    from nextvit.data.sets import read_splits, task_of
     from nextvit.data.shards import pack
 
+    if (task := task_of(data)) != "classify":
+        raise UserError(f"shards hold images of classes, and {data} is laid out to {task}; it is read as it is.")
     counts = pack(read_splits(data), output, shard_mb=shard_size)
     _show({"output": output, "images": counts}, as_json, [*_counted(counts), f"next: nextvit train {output}"])
 
@@ -597,7 +602,9 @@ def benchmark(
     ] = None,
     batch_size: Annotated[str, typer.Option(help="Images a call; several, as in 1,8,32, make a row each.")] = "1",
     image_size: ImageSize = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; each measures every row once.")] = 20,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Interleaved rounds, each measures every row once; 8 or more.")
+    ] = 20,
     weights: Weights = None,
     device: Device = "auto",
     threads: Annotated[

@@ -141,7 +141,7 @@ def write_report(
         report.heading("The exported files answer as the model does"),
         report.html_table(parity),
         report.paragraph(
-            f"int8, on {quantised.accuracy.images} scenes: {quantised.accuracy.drop:+.2f} points of box AP lost; "
+            f"int8, on {quantised.accuracy.images} scenes: box AP, {report.lost(quantised.accuracy.drop)}; "
             f"{len(quantised.float_layers)} layers are left in float. Of the same objects as the float model's an int8 "
             "file is asked for an overlap of a half."
         ),

@@ -154,8 +154,8 @@ def write_report(
         report.html_table(parity),
         report.html_table(files),
         report.paragraph(
-            f"int8, on the centres of {quantised.accuracy.images} scenes: {quantised.accuracy.drop:+.2f} points of "
-            f"mIoU lost; {len(quantised.float_layers)} layers are left in float."
+            f"int8, on the centres of {quantised.accuracy.images} scenes: mIoU, "
+            f"{report.lost(quantised.accuracy.drop)}; {len(quantised.float_layers)} layers are left in float."
         ),
         *latency_parts(run, rows),
         *last_parts(

@@ -95,7 +95,7 @@ def describe_file(path: Path, image_size: int | None, *, trust: bool = False) ->
     record = file.metadata or recognised(file)
     told: dict[str, Any] = {
         "file": str(path),
-        "layout": origin or f"unknown; no Next-ViT in a layout of {', '.join(o.name for o in ORIGINS)}",
+        "layout": origin or ("nextvit" if file.metadata else f"none of {', '.join(o.name for o in ORIGINS)}"),
         "variant": record.variant if record else f"none of {', '.join(list_models())}",
         "tensors": len(tensors),
         "values": sum(tensor.numel() for tensor in tensors.values()),

@@ -45,6 +45,7 @@ def curves(history: Sequence[dict[str, float]], kept: int, score: str, name: str
     right.plot(row["epoch"], row[score], color=ORANGE, marker="o", ms=6)
     right.set(xlabel="epoch", ylabel=name, title=f"kept: {row[score]:.1f} %, epoch {row['epoch']:.0f}")
     for axes in (left, right):
+        axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.get_major_locator().set_params(integer=True)
     _save(figure, path)

@@ -20,7 +20,7 @@ from nextvit.data.images import printable
 from nextvit.describe import table
 from nextvit.evaluate import AnyEvaluation, Evaluation, MaskEvaluation, ObjectEvaluation
 from nextvit.exporters.export import ExportReport
-from nextvit.exporters.object_parity import ObjectParity
+from nextvit.exporters.object_parity import FEWEST, ObjectParity
 from nextvit.exporters.parity import Parity
 from nextvit.files import write_rows, write_text
 from nextvit.metadata import Preprocess
@@ -365,7 +365,7 @@ def export_lines(report: ExportReport) -> list[str]:
         same = "AP50 with the float model's sure objects for truth" if objects else "same first label for"
         lines.append(
             f"  on {a.images} images: {a.metric} {a.float_value:.2f} % in float, {a.int8_value:.2f} % in int8, "
-            f"{a.drop:+.2f} points lost; {same} {a.agreement:.2f} %"
+            f"{lost(a.drop)}; {same} {a.agreement:.2f} %"
         )
         shown = ", ".join(report.float_layers[:8])
         more = len(report.float_layers) - 8
@@ -434,8 +434,14 @@ def _object_parity_lines(head: str, p: ObjectParity) -> list[str]:
         f"  {p.agreement:.2f} % of the objects are the same{held}",
     ]
     if not p.live:
-        lines.append("  note: there are hardly any objects on them, or all have one score, so that says little.")
+        few = f"there are {p.detections} objects on them" if p.detections < FEWEST else "all scores are about the same"
+        lines.append(f"  note: {few}, so that says little, and nothing was asked of it.")
     return lines
+
+
+def lost(points: float) -> str:
+    """What int8 costs, in words."""
+    return f"{points:.2f} points lost" if points >= 0 else f"{-points:.2f} points gained"
 
 
 def check_lines(found: Checked) -> list[str]:

@@ -147,8 +147,8 @@ def prepare(
     network = processes.together(model, shard=machine.shard)
     if mean is not None and machine.shard:
         processes.together(mean.model, shard=True)
-    if machine.compile:
-        network.compile()
+    if machine.compile:  # of a detector what has one plan for all images: how many boxes there are differs each time
+        (model.backbone if isinstance(model, Detector) else network).compile()
     groups = parameter_groups(model, recipe.optimizer)
     run = Run(
         recipe=recipe,

@@ -110,6 +110,7 @@ def check(splits: Sequence[Split]) -> Checked:
         _finding("same in two splits", True, "images lie in two splits: figures on the second flatter", _named(exact)),
         _finding("same within a split", False, "groups of equal files in one split", _named(repeated)),
         _finding("near duplicates", False, "pairs look the same across splits", _near(seen, same)),
+        _finding("other classes", True, "classes are not those of train, which would be refused", _unknown(splits)),
         _finding(
             "empty class",
             False,
@@ -123,13 +124,20 @@ def check(splits: Sequence[Split]) -> Checked:
             f"images have a side below {SMALL_SIDE} pixels",
             [f"{s.file} ({s.size[0]} x {s.size[1]})" for s in seen if min(s.size) < SMALL_SIDE],
         ),
-        _finding("elsewhere", False, "folders hold something else", [note for s in splits for note in s.notes]),
+        _finding("elsewhere", False, "further notes", [note for s in splits for note in s.notes]),
     ]
     sides = {}
     for name, group in groupby(seen, lambda s: s.split):
         short = sorted(min(s.size) for s in group)
         sides[name] = (short[0], short[len(short) // 2], short[-1])
     return Checked({split.name: len(split) for split in splits}, counts, sides, tuple(f for f in findings if f.count))
+
+
+def _unknown(splits: Sequence[Split]) -> list[str]:
+    known = next((set(split.labels) for split in splits if split.name == "train"), None)
+    if known is None:
+        return []
+    return [f"{label} in {split.name}" for split in splits for label in split.labels if label not in known]
 
 
 def _finding(kind: str, serious: bool, what: str, examples: Sequence[str]) -> Finding:
@@ -157,7 +165,7 @@ def _look(image: Image.Image, truth: Truth) -> tuple[tuple[int, int], tuple[int,
 
 
 def _teaches(image: Image.Image, truth: Truth) -> bool:
-    labels = truth.labels if isinstance(truth, Objects) else truth
+    labels = truth.labels[~truth.crowd] if isinstance(truth, Objects) else truth  # a crowd is no object to find
     return labels is not None and bool((labels != IGNORED).any())
 
 
@@ -232,8 +240,9 @@ def _insist(split: Split, allow_bad: bool, strict: bool) -> list[str]:
             f"{len(bad)} of {len(looked)} images{OR_MASKS * masks} of {split.name} cannot be read: {bad[0]} {cure}"
         )
     if (masks or objects) and not any(found is True for found in looked):
-        what = "masks of {} has a pixel with a class" if masks else "images of {} has an object"
-        raise UserError(f"none of {len(looked)} {what.format(split.name)}; nothing is learnt.")
+        what = "masks of {} has a pixel with a class" if masks else "images of {} has an object that is no crowd"
+        end = "nothing is learnt" if split.name == "train" else "nothing can be measured"
+        raise UserError(f"none of {len(looked)} {what.format(split.name)}; {end}.")
     if not isinstance(split, ObjectSplit) or not split.misshapen:
         return []
     told = f"{len(split.misshapen)} of {len(split.misshapen) + len(split.annotations)} objects of {split.name} are none"

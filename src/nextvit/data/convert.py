@@ -42,14 +42,17 @@ def convert(source: str | Path, folder: Path) -> dict[str, int]:
     root = Path(source)
     if folder.exists():
         raise UserError(f"{folder} exists; choose another --output.")
+    if not root.is_dir():
+        raise UserError(f"there is no folder {root}.")
     if (root / ANNOTATIONS).is_dir():
         names, splits, read = _voc_classes(root), _voc_splits(root), _voc_objects
-    elif description := next((f for f in sorted(root.glob("*.y*ml")) if f.suffix in (".yaml", ".yml")), None):
+    elif description := _description(root):
         names, splits = _yolo_description(description)
         read = _yolo_objects
     else:
         raise UserError(
-            f"{root} is neither Pascal VOC ({ANNOTATIONS}/ and {IMAGES}/) nor YOLO (a data.yaml, images/ and labels/)."
+            f"{root} is neither Pascal VOC ({ANNOTATIONS}/ and {IMAGES}/) nor YOLO (a data.yaml, images/ and labels/); "
+            "COCO's layout needs no conversion."
         )
     wrong: list[str] = []
     number = {name: index for index, name in enumerate(names, 1)}
@@ -85,6 +88,8 @@ def convert(source: str | Path, folder: Path) -> dict[str, int]:
 
 
 def _box(x1: float, y1: float, x2: float, y2: float) -> dict[str, Any]:
+    if x2 <= x1 or y2 <= y1:
+        raise ValueError(f"a box has sides of {x2 - x1:g} x {y2 - y1:g} pixels; they must be above 0")
     return {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)}
 
 
@@ -99,7 +104,7 @@ def _divided(found: list[_Labelled]) -> dict[str, list[_Labelled]]:
 
 
 def _voc_splits(root: Path) -> dict[str, list[_Labelled]]:
-    """By ImageSets/Main/train.txt, val.txt and test.txt, where they are."""
+    """By ImageSets/Main/train.txt, val.txt and test.txt, where they are; with trainval.txt alone, that divided."""
     images = {file.stem: file for file in image_files(root / IMAGES)} if (root / IMAGES).is_dir() else {}
 
     def found(stems: Sequence[str]) -> list[_Labelled]:
@@ -108,10 +113,18 @@ def _voc_splits(root: Path) -> dict[str, list[_Labelled]]:
             raise UserError(f"{root / IMAGES} has no image {missing[0]}, which has labels or a split; put it there.")
         return [_Labelled(images[stem], root / ANNOTATIONS / f"{stem}.xml") for stem in stems]
 
-    lists = {name: root / "ImageSets" / "Main" / f"{name}.txt" for name in SPLITS}
-    there = {name: found(_text(file).split()) for name, file in lists.items() if file.is_file()}
+    def listed(name: str) -> list[_Labelled]:
+        file = root / "ImageSets" / "Main" / f"{name}.txt"
+        lines = [line.strip() for line in _text(file).splitlines() if line.strip()] if file.is_file() else []
+        return found([line if line in images else line.split()[0] for line in lines])
+
+    there = {name: part for name in SPLITS if (part := listed(name))}
+    if "train" not in there and "val" not in there and (both := listed("trainval")):
+        return _divided(both) | there
     if there:
-        return {name: part for name, part in there.items() if part}
+        return there
+    if any((root / "ImageSets" / "Main" / f"{name}.txt").is_file() for name in SPLITS):
+        raise UserError(f"the lists in {root / 'ImageSets' / 'Main'} name no images; mend them, or take them away.")
     return _divided(found(sorted(file.stem for file in (root / ANNOTATIONS).glob("*.xml"))))
 
 
@@ -156,26 +169,42 @@ def _voc_objects(one: _Labelled, number: dict[str, int], size: tuple[int, int]) 
 # ---- YOLO ------------------------------------------------------------------------------------------------------------
 
 
+def _description(root: Path) -> Path | None:
+    """The YAML file that names classes and images, data.yaml first."""
+    files = sorted((f for f in root.glob("*.y*ml") if f.suffix in (".yaml", ".yml")), key=lambda f: f.stem != "data")
+    return next((file for file in files if "names" in _text(file)), files[0] if files else None)
+
+
 def _yolo_description(path: Path) -> tuple[list[str], dict[str, list[_Labelled]]]:
     """Names of the classes, and the images of each split, of a data.yaml."""
     yaml = need("yaml", extra="train")
     try:
-        found = yaml.safe_load(_text(path))
+        found = yaml.load(_text(path), Loader=yaml.BaseLoader)  # text alone: a class may be named `no` or `1`
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is not plain YAML: {str(error).splitlines()[0]}.") from error
+        raise UserError(f"{path} is not plain YAML: {' '.join(str(error).split())}.") from error
+    if isinstance(found, dict) and "kpt_shape" in found:
+        raise UserError(f"{path} is of poses (kpt_shape), which are neither boxes nor polygons; take a set of these.")
     names = found.get("names") if isinstance(found, dict) else None
     if isinstance(names, dict):
-        names = [names[key] for key in sorted(names)] if sorted(names) == list(range(len(names))) else None
+        numbers = [str(index) for index in range(len(names))]
+        names = [names[number] for number in numbers] if names.keys() == set(numbers) else None
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
         raise UserError(f"{path} has no names of the classes, by their numbers from 0.")
     if len(set(names)) < len(names):
         raise UserError(f"{path} has two classes of one name.")
     splits = {}
     for name in SPLITS:
-        if isinstance(given := found.get(name), str):
-            splits[name] = _yolo_images(path, found, given)
+        given = found.get(name) or []
+        places = [given] if isinstance(given, str) else given
+        if not isinstance(places, list) or not all(isinstance(place, str) for place in places):
+            raise UserError(f"{path}: {name} is neither a folder nor a list of folders.")
+        if images := [image for place in places for image in _yolo_images(path, found, place)]:
+            splits[name] = images
     if not splits:
         raise UserError(f"{path} names no images: it needs train and val, the folders that they lie in.")
+    if not any(one.labels.is_file() for part in splits.values() for one in part):
+        expected = next(iter(splits.values()))[0].labels
+        raise UserError(f"no image of {path} has labels; they would be such as {expected}.")
     return names, splits if len(splits) > 1 or "train" not in splits else _divided(splits["train"])
 
 
@@ -186,7 +215,7 @@ def _yolo_images(path: Path, found: dict[str, Any], given: str) -> list[_Labelle
     if place is None:  # Roboflow writes ../train/images beside train/
         place = path.parent / given.removeprefix("../")
     if place.is_file():
-        images = [place.parent / line for line in _text(place).split()]
+        images = [place.parent / line.strip() for line in _text(place).splitlines() if line.strip()]
     elif place.is_dir():
         images = [file for file in image_files(place) if file.suffix.lower() in ENDINGS]
     else:
@@ -211,7 +240,8 @@ def _yolo_objects(one: _Labelled, number: dict[str, int], size: tuple[int, int])
         if not cells:
             continue
         try:
-            kind, *values = int(cells[0]), *map(float, cells[1:])
+            number_of, *values = map(float, cells)
+            kind = int(number_of) if number_of.is_integer() else -1
         except ValueError as error:
             raise UserError(f"{one.labels}, line {line} is no list of numbers") from error
         if not 0 <= kind < len(number) or not all(-1 <= value <= 2 for value in values):

@@ -36,6 +36,7 @@ COCO_WANTED = (
     f"with the images, or {BESIDE} in each of these; `nextvit data convert` makes that of Pascal VOC and YOLO"
 )
 MANY = 20_000  # annotations whose reading is shown
+LARGEST = 2**63  # above every number of an image, an annotation or a category
 FAR = 1.0  # sides of the image that a polygon may reach beyond it
 
 
@@ -280,7 +281,11 @@ def _read(root: Path, place: _Place, name: str, labels: Sequence[str] | None) ->
     for entry in _shown(annotations, name):
         identity = _whole(entry.get("id")) if isinstance(entry, dict) else None
         if identity is None or identity in seen:
-            which = f"{entry!r:.40} has no number of its own" if identity is None else f"{identity} is there twice"
+            which = (
+                f"{entry!r:.40} has no number of its own, or none of 64 bits"
+                if identity is None
+                else f"{identity} is there twice"
+            )
             faults.append(f"annotation {which}")
             continue
         seen.add(identity)
@@ -328,7 +333,7 @@ def _lists(path: Path) -> tuple[dict[Any, Any], list[Any], list[Any]]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
-        why = str(error) if isinstance(error, json.JSONDecodeError) else "it is no text"
+        why = "it is no text" if isinstance(error, UnicodeDecodeError) else str(error)
         raise UserError(f"{path} is no JSON: {why}; download or export it again.") from error
     for key in ("images", "annotations", "categories"):
         if not isinstance(whole, dict) or not isinstance(whole.get(key), list):
@@ -339,7 +344,7 @@ def _lists(path: Path) -> tuple[dict[Any, Any], list[Any], list[Any]]:
         identity = _whole(entry.get("id")) if isinstance(entry, dict) else None
         sides = [_whole(entry.get(key)) or 0 for key in ("height", "width")] if identity is not None else []
         if identity is None:
-            wrong.append(f"image {entry!r:.40} has no number of its own")
+            wrong.append(f"image {entry!r:.40} has no number of its own, or none of 64 bits")
         elif identity in found:
             wrong.append(f"image {identity} is there twice")
         elif not isinstance(entry.get("file_name"), str) or not all(0 < side <= MAX_SIDE for side in sides):
@@ -357,7 +362,7 @@ def _classes(categories: list[Any], path: Path) -> tuple[list[int], list[str]]:
     for entry in categories:
         identity = _whole(entry.get("id")) if isinstance(entry, dict) else None
         if identity is None or not isinstance(entry.get("name"), str) or not entry["name"]:
-            raise UserError(f"{path}: category {entry!r} has no id and name.")
+            raise UserError(f"{path}: category {entry!r:.80} has no id, a whole number of 64 bits, and name.")
         rows.append((identity, entry["name"]))
     for column, what in ((0, "number"), (1, "name")):
         twice = [value for value, count in Counter(row[column] for row in rows).items() if count > 1]
@@ -439,6 +444,9 @@ def _shape(found: Any, size: tuple[int, int]) -> Any:
         if min(down) < -far * height or max(down) > (1 + far) * height:
             return "a polygon lies far outside the image"
         rings.append(points)
+    if all(max(ring[::2]) <= 0 or min(ring[::2]) >= width or max(ring[1::2]) <= 0 or min(ring[1::2]) >= height
+           for ring in rings):  # fmt: skip
+        return "its polygons lie outside the image"
     return tuple(rings)
 
 
@@ -483,7 +491,9 @@ def _packed(rows: Sequence[_Row], images: int) -> Annotations:
 
 
 def _whole(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    """A whole number that fits into 64 bits, as those of COCO do."""
+    fits = isinstance(value, int) and not isinstance(value, bool) and -LARGEST <= value < LARGEST
+    return value if fits else None
 
 
 def _finite(value: Any) -> bool:

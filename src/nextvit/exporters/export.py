@@ -114,19 +114,20 @@ def export(
     model = of_size(model, image_size)
     metadata = model.metadata.with_image_size(image_size)
     metadata = replace(metadata, version=__version__, precision=precision, gives_classes=class_map)
-    images = None if calibration is None else read_calibration(calibration, model, metadata, tune=qat_epochs > 0)
-    metadata = replace(metadata, takes_pixels=preprocess)
     start = time.perf_counter()
     one_size = isinstance(model, ForeignClassifier) and model.fixed_size
     free = fmt.left_open(metadata.preprocess.image_size, dynamic, preprocess)
     free = Free(batch=free.batch, sides=free.sides and not one_size)
-    notes = images.notes if images else ()
+    notes: tuple[str, ...] = ()
     if metadata.task == "detect":
         free = Free(batch=False, sides=free.sides and metadata.preprocess.image_size >= LEAST_OF_DETECTOR)
         if not fmt.detects:
             metadata = replace(metadata, gives_maps=True)
-            notes = (*notes, PYRAMID_ALONE.format(fmt.name))
+            notes = (PYRAMID_ALONE.format(fmt.name),)
     metadata = _of_one_size(metadata) if metadata.task != "classify" and not free.sides else metadata
+    images = None if calibration is None else read_calibration(calibration, model, metadata, tune=qat_epochs > 0)
+    notes = (*images.notes, *notes) if images else notes
+    metadata = replace(metadata, takes_pixels=preprocess)
     plain = copy.deepcopy(model).eval().cpu().float()
     with replacing(path) as unfinished:
         form = export_form(plain, fixed=preprocess or not free.sides)
@@ -271,10 +272,10 @@ def _insist(parity: Parity | ObjectParity, path: Path, stages: Sequence[StageCom
         if not parity.ok:
             raise ParityError(f"{path} was not written: {parity.told}.")
     elif not parity.ok:
+        same = "" if parity.maps else f"; same first label for {parity.top1_agreement:.1f} % of {parity.images} images"
         raise ParityError(
             f"{path} was not written: its outputs differ from the model's by {parity.max_abs:.3g} "
-            f"({parity.relative:.1e} of the largest, {parity.to_spread:.1e} of their spread; same first label for "
-            f"{parity.top1_agreement:.1f} % of {parity.images} images); "
+            f"({parity.relative:.1e} of the largest, {parity.to_spread:.1e} of their spread{same}); "
             + (f"relative difference after each stage: {where}." if where else "--stages shows where.")
         )
 
@@ -282,7 +283,8 @@ def _insist(parity: Parity | ObjectParity, path: Path, stages: Sequence[StageCom
 def _why_fixed(model: Network, fmt: Format) -> str:
     if isinstance(model, ForeignClassifier):
         return f"{model.metadata.variant} does not leave them open"
-    return f"{fmt.name} leaves them open from {fmt.open_from} pixels up only"
+    least = max(fmt.open_from, LEAST_OF_DETECTOR) if model.metadata.task == "detect" else fmt.open_from
+    return f"{fmt.name} leaves them open from {least} pixels up only"
 
 
 def _write(

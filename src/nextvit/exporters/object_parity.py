@@ -94,7 +94,8 @@ class ObjectParity:
         return (
             f"it finds {sum(row.found for row in self.rows)} objects on {self.images} images where the model finds "
             f"{self.detections}, and {self.agreement:.1f} % are the same (overlap {b.overlap:g}, scores {b.score:g} "
-            f"apart at most; {b.agreement:g} % are needed)"
+            f"apart at most; {b.agreement:g} % are needed); a network that is hardly trained gives scores so close "
+            "together that they change places: train it further, or look at the figures of `nextvit eval` on both"
         )
 
     def to_dict(self) -> dict[str, object]:

@@ -1,7 +1,7 @@
 """Parity: does the exported file answer as the model does, on real images?"""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from typing import Any
 
@@ -64,6 +64,7 @@ class Parity:
     bound: Bound | None  # None: held to its accuracy instead
     finite: bool  # all outputs of the file are numbers
     dense: bool = False  # an answer for each pixel
+    maps: bool = False  # of a detector's backbone and pyramid, not classes
 
     @property
     def images(self) -> int:
@@ -149,9 +150,10 @@ def compare(model: Network, session: Session, *, free: Free, precision: str) -> 
         rows=tuple(_comparison(shape, ours, theirs, centre) for shape, (ours, theirs) in pairs.items()),
         spread=float(own.std(axis=0).mean()),
         size=max(float(np.abs(ours).max()) for ours, _ in pairs.values()),
-        bound=_bound(precision, session.metadata.takes_pixels),
+        bound=_bound(precision, session.metadata),
         finite=all(bool(np.isfinite(theirs).all()) for _, theirs in pairs.values()),
         dense=dense,
+        maps=session.metadata.gives_maps,
     )
 
 
@@ -174,9 +176,11 @@ def _of_classes(setup: Setup, pairs: dict[tuple[int, ...], tuple[np.ndarray, np.
     return Parity(setup, tuple(rows), spread, size, BOUNDS.get(precision), finite=True, dense=True)
 
 
-def _bound(precision: str, takes_pixels: bool) -> Bound | None:
+def _bound(precision: str, m: Metadata) -> Bound | None:
     bound = BOUNDS.get(precision)
-    if bound is None or not takes_pixels:
+    if bound is not None and m.gives_maps:  # the largest of a hundred thousand differences lies further out
+        return replace(bound, to_spread=10 * bound.to_spread)
+    if bound is None or not m.takes_pixels:
         return bound
     return Bound(max(bound.relative, PIXELS.relative), max(bound.to_spread, PIXELS.to_spread), bound.agreement)
 

@@ -84,9 +84,10 @@ class Detections:
             x1, y1, x2, y2 = boxes[index].tolist()
             pen.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour, width=2)
             text = f"{printable(self.labels[self.classes[index]])[:30]} {self.scores[index]:.0%}"
-            left, top, right, bottom = pen.textbbox((x1 + 2, y1 + 1), text, font=font)
+            place = max(0.0, min(x1 + 2, width - 2 - pen.textlength(text, font=font))), y1 + 1
+            left, top, right, bottom = pen.textbbox(place, text, font=font)
             pen.rectangle((left - 2, top - 1, right + 2, bottom + 1), fill=colour)
-            pen.text((x1 + 2, y1 + 1), text, fill="black" if sum(colour) > 300 else "white", font=font)
+            pen.text(place, text, fill="black" if sum(colour) > 300 else "white", font=font)
         return picture
 
 
@@ -138,15 +139,17 @@ def decode(
     found: dict[str, np.ndarray], sides: tuple[int, int], size: tuple[int, int], labels: tuple[str, ...]
 ) -> Detections:
     """Detections in an image of `size` = (H, W) of what the network gives for it resized to `sides`: boxes (N, 4) in
-    pixels of that, labels (N,), scores (N,), masks (N, 28, 28).
+    pixels of that, labels (N,), scores (N,), masks (N, 28, 28). Boxes of which nothing lies in the image are left out.
     """
     (height, width), corner = sides, np.array(sides[::-1] * 2, np.float32)
     scale = np.array([size[1] / width, size[0] / height] * 2, np.float32)
+    boxes = found["boxes"].clip(0, corner) * scale
+    there = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
     return Detections(
-        boxes=found["boxes"].clip(0, corner) * scale,
-        classes=found["labels"],
-        scores=found["scores"],
-        masks=found["masks"],
+        boxes=boxes[there],
+        classes=found["labels"][there],
+        scores=found["scores"][there],
+        masks=found["masks"][there],
         labels=labels,
         size=size,
     )
