@@ -105,7 +105,8 @@ def test_no_code_runs_what_came_with_data():
             if isinstance(node, ast.Call):
                 name = ast.unparse(node.func)
                 flags = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-                assert name not in ("eval", "exec", "os.system", "pickle.load", "pickle.loads", "yaml.load"), path
+                assert name not in ("eval", "exec", "os.system", "pickle.load", "pickle.loads"), path
+                assert name != "yaml.load" or flags.get("Loader") == "yaml.BaseLoader", path  # it makes nothing but text
                 assert flags.get("shell") != "True", path
                 if name == "torch.load":
                     assert path.name == "weights.py"
