@@ -139,6 +139,18 @@ def pytest_configure():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+LONG = (  # files of tests, the longest first: started last, one of them would keep one process busy and the other idle
+    "test_docs", "test_cli", "test_export_detect", "test_export_segment", "test_export", "test_train_detect",
+    "test_faults", "test_formats", "test_precisions", "test_train", "test_processes", "test_reproduce", "test_explain",
+    "test_detector", "test_train_segment", "test_preprocessing", "test_ablations", "test_peers", "test_backbone",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: rank for rank, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))  # stable
+
+
 def pytest_runtest_setup(item):
     for marker in item.iter_markers("fault"):
         item.user_properties.append(("fault", list(marker.args)))

@@ -23,7 +23,7 @@ from nextvit.weights import save_weights
 from tests.conftest import fill, nextvit, nextvit_here
 from tests.detectors import lively
 
-VERBS = ["info", "train", "eval", "predict", "export", "benchmark", "reproduce"]
+VERBS = ["info", "train", "eval", "predict", "export", "benchmark", "reproduce", "explain"]
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -334,7 +334,12 @@ def detector(tmp_path):
 
 @pytest.mark.fault("P1", "files of every kind: a row for each, in order, an answer or a reason, in little memory")
 @pytest.mark.parametrize(
-    ("task", "count"), [pytest.param("classify", 1980, marks=pytest.mark.slow), ("segment", 120), ("detect", 120)]
+    ("task", "count"),
+    [
+        pytest.param("classify", 1980, marks=pytest.mark.slow),
+        ("segment", 120),
+        pytest.param("detect", 120, marks=pytest.mark.slow),
+    ],
 )
 def test_files_of_every_kind_are_accounted_for_in_little_memory(task, count, trained, request, tmp_path, found):
     """Bombs, broken and odd files, every mode, odd names, links and pipes: rows P1, P2 and P4 to P9 of the faults."""
