@@ -4,7 +4,7 @@ Maps are (B, C, H, W). The parameter names are those of timm's Next-ViT, so that
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -118,7 +118,16 @@ class MLP(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
-class NCB(nn.Module):
+class Stacked(nn.Module):
+    """A block that a stage stacks: the first of them behind a patch embedding.
+
+    (B, c_in, H, W) -> (B, c_out, ceil(H / stride), ceil(W / stride))
+    """
+
+    patch_embed: PatchEmbed
+
+
+class NCB(Stacked):
     """Next Convolution Block (paper, 3.2): mix nearby pixels, then mix channels; both steps are residual.
 
     (B, c_in, H, W) -> (B, c_out, ceil(H / stride), ceil(W / stride))
@@ -204,44 +213,55 @@ class EMHSA(nn.Module):
         return x.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
 
 
-class NTB(nn.Module):
+class NTB(Stacked):
     """Next Transformer Block (paper, 3.3): E-MHSA for the low frequencies, MHCA on its answer for the high ones.
 
-    (B, c_in, H, W) -> (B, c_out, ceil(H / stride), ceil(W / stride)); E-MHSA has the share r of the output channels.
+    (B, c_in, H, W) -> (B, c_out, ceil(H / stride), ceil(W / stride)); E-MHSA has the share r of the output channels: of
+    r = 0 and r = 1 there is one of the two alone (paper, Table 8).
     """
 
     def __init__(self, b: Block):
         super().__init__()
         c_attention, c_convolution = mixed_widths(b.c_out, b.mix, b.head_dim)
-        self.patch_embed = PatchEmbed(b.c_in, c_attention, b.stride, b.norm)
-        self.norm1 = NORMS[b.norm](c_attention)
-        self.e_mhsa = EMHSA(c_attention, b.head_dim, b.reduction, b.kv_pooling)
-        self.drop_path_attention = DropPath(b.drop_path * b.mix)
-        self.projection = PatchEmbed(c_attention, c_convolution, 1, b.norm)
-        self.mhca = MHCA(c_convolution, b.head_dim, b.norm, b.activation)
-        self.drop_path_convolution = DropPath(b.drop_path * (1 - b.mix))
+        self.e_mhsa: EMHSA | None = None
+        self.mhca: MHCA | None = None
+        embedded = c_attention or c_convolution
+        self.patch_embed = PatchEmbed(b.c_in, embedded, b.stride, b.norm)
+        if c_attention:
+            self.norm1 = NORMS[b.norm](c_attention)
+            self.e_mhsa = EMHSA(c_attention, b.head_dim, b.reduction, b.kv_pooling)
+            self.drop_path_attention = DropPath(b.drop_path * b.mix)
+        if c_convolution:
+            self.projection = PatchEmbed(embedded, c_convolution, 1, b.norm)
+            self.mhca = MHCA(c_convolution, b.head_dim, b.norm, b.activation)
+            self.drop_path_convolution = DropPath(b.drop_path * (1 - b.mix))
         self.norm2 = NORMS[b.norm](b.c_out)
         self.mlp = MLP(b.c_out, b.expand, b.activation)
         self.drop_path = DropPath(b.drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patch_embed(x)
-        low = x + self.drop_path_attention(self.e_mhsa(self.norm1(x)))
-        high = self.projection(low)
-        high = high + self.drop_path_convolution(self.mhca(high))
-        x = torch.cat((low, high), dim=1)
+        parts = []
+        if self.e_mhsa is not None:
+            x = x + self.drop_path_attention(self.e_mhsa(self.norm1(x)))
+            parts.append(x)
+        if self.mhca is not None:
+            x = self.projection(x)
+            parts.append(x + self.drop_path_convolution(self.mhca(x)))
+        x = torch.cat(parts, dim=1)
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-BLOCKS: dict[str, Callable[[Block], nn.Module]] = {"ncb": NCB, "ntb": NTB}
+Kinds = Mapping[str, Callable[[Block], Stacked]]
+BLOCKS: Kinds = {"ncb": NCB, "ntb": NTB}
 
 
 class NHS(nn.Module):
     """A stage by the Next Hybrid Strategy (paper, 3.4): (NCB x N + NTB x 1) x L, as its plan lists the blocks."""
 
-    def __init__(self, blocks: tuple[Block, ...]):
+    def __init__(self, blocks: tuple[Block, ...], kinds: Kinds):
         super().__init__()
-        self.blocks = nn.Sequential(*(BLOCKS[b.kind](b) for b in blocks))
+        self.blocks = nn.Sequential(*(kinds[b.kind](b) for b in blocks))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.blocks(x)
@@ -253,7 +273,7 @@ class NextViT(nn.Module):
     (B, in_channels, H, W) -> (B, num_classes) logits, or with `features_only` the list of the four raw stage outputs at
     strides 4, 8, 16, 32, without the final norm. With `normed_features` each map has passed a norm, the last one the
     final norm, and the next stage reads it so: what the paper's segmentation networks are. H and W are 32 or more and
-    need not be multiples of 32.
+    need not be multiples of 32. kinds: the blocks that the variant's patterns name.
     """
 
     def __init__(
@@ -266,6 +286,7 @@ class NextViT(nn.Module):
         normed_features: bool = False,
         drop_path_rate: float | None = None,
         kv_pooling: KvPooling = "sequence",
+        kinds: Kinds = BLOCKS,
     ):
         super().__init__()
         self.variant, self.widths = variant, variant.widths
@@ -279,7 +300,7 @@ class NextViT(nn.Module):
                 for c_in, c_out, stride in zip(widths, variant.stem, (2, 1, 1, 2), strict=False)
             )
         )
-        self.stages = nn.Sequential(*(NHS(blocks) for blocks in plan(variant, drop_path_rate, kv_pooling)))
+        self.stages = nn.Sequential(*(NHS(blocks, kinds) for blocks in plan(variant, drop_path_rate, kv_pooling)))
         norm, (*finer, coarsest) = NORMS[variant.norm], variant.widths
         self.stage_norms = nn.ModuleList(norm(width) if normed_features else nn.Identity() for width in finer)
         self.norm = nn.Identity() if features_only and not normed_features else norm(coarsest)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from nextvit import class_names
+from nextvit.ablations import ablation_variant
 from nextvit.backbone import NextViT
+from nextvit.compared import KINDS
 from nextvit.detector import Detector
 from nextvit.errors import UserError
 from nextvit.foreign import (
@@ -57,11 +59,20 @@ def list_models() -> list[str]:
     return [variant.name for variant in VARIANTS]
 
 
+def is_variant(name: str) -> bool:
+    """Whether it is the name of a variant, or of one of the paper's ablations."""
+    return name in list_models() or ablation_variant(name) is not None
+
+
 def variant_named(name: str) -> Variant:
-    """The row of the variant table; an unknown name raises UserError and offers the nearest names."""
+    """The row of the variant table, or one of the paper's ablations; an unknown name raises UserError and offers the
+    nearest names.
+    """
     for variant in VARIANTS:
         if variant.name == name:
             return variant
+    if (ablation := ablation_variant(name)) is not None:
+        return ablation
     near = difflib.get_close_matches(name, list_models(), n=3, cutoff=0.4) or list_models()
     raise UserError(f"there is no model {name!r}; did you mean {' or '.join(near)}?")
 
@@ -263,6 +274,7 @@ def _built(variant: Variant | None, m: Metadata, *, features_only: bool, drop_pa
             normed_features=m.task == "segment",
             drop_path_rate=drop_path_rate,
             kv_pooling=m.kv_pooling,
+            kinds=KINDS,
         )
     if isinstance(backbone, NextViT) and (not dense or features_only):
         return backbone

@@ -38,7 +38,7 @@ def fold(model: N) -> N:
 
     Where no layer can take a norm, a scale and shift by channel is left: in front of a padded 3x3 convolution, and
     where the normed map is an output. Norms of another kind (LayerNorm2d) depend on their input and stay, as does all
-    of a backbone of timm's. A segmenter loses its auxiliary head, which training alone reads.
+    of networks and blocks of others. A segmenter loses its auxiliary head, which training alone reads.
     """
     if not isinstance(model, Network):
         raise UserError(f"fold takes a model of nextvit.create_model, not {type(model).__name__}.")
@@ -69,7 +69,8 @@ def _fold_blocks(backbone: NextViT) -> None:
                 _fold_in_front(module.mlp.fc1, *_scale_and_shift(module.norm))
                 module.norm = nn.Identity()
             case NTB():
-                _fold_attention_norms(module)
+                if module.e_mhsa is not None:
+                    _fold_attention_norms(module, module.e_mhsa)
                 if _is_batchnorm(module.norm2):
                     _fold_in_front(module.mlp.fc1, *_scale_and_shift(module.norm2))
                     module.norm2 = nn.Identity()
@@ -129,9 +130,8 @@ def _fold_in_front(layer: Any, scale: Tensor, shift: Tensor) -> None:
     layer.weight.data = weight * scale.view(columns)
 
 
-def _fold_attention_norms(block: NTB) -> None:
+def _fold_attention_norms(block: NTB, attention: EMHSA) -> None:
     """norm1 into Q; norm1 and, behind the average pooling that commutes with it, E-MHSA's own norm into K and V."""
-    attention: EMHSA = block.e_mhsa
     ones = torch.ones_like(attention.q.weight[0]).detach()
     scale, shift = ones, torch.zeros_like(ones)
     if _is_batchnorm(block.norm1):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nextvit.backbone import NCB, NTB, NextViT
+from nextvit.backbone import NextViT, Stacked
 from nextvit.errors import UserError
 from nextvit.networks import Network, backbone_of
 from nextvit.recipe import Optimizer, Recipe
@@ -24,7 +24,7 @@ def parameter_groups(model: Network, optimizer: Optimizer) -> list[dict[str, Any
     classifier, or neck and heads, where it is 1, to the stem; the final norm of a classifier goes with the last block,
     as in timm. Frozen parameters are in no group.
     """
-    blocks = [name.removeprefix(BACKBONE) for name, part in model.named_modules() if isinstance(part, NCB | NTB)]
+    blocks = [name.removeprefix(BACKBONE) for name, part in model.named_modules() if isinstance(part, Stacked)]
     depth = {name: index for index, name in enumerate(["stem", *blocks, "head"])} | {"norm": len(blocks)}
     of_norms = {id(p) for part in model.modules() if isinstance(part, NORMS) for p in part.parameters(recurse=False)}
     groups: dict[tuple[float, float], dict[str, Any]] = {}

@@ -1,6 +1,7 @@
 """Pictures from rows: they measure nothing, and each can be redrawn from the CSV beside it."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,31 +174,126 @@ def samples(
     _save(figure, path)
 
 
-def trade_off(panels: Sequence[tuple[str, str, Sequence[tuple[str, float, float]]]], path: Path) -> None:
-    """Accuracy against latency, as PNG and as SVG beside it; panels: (runtime, accuracy, (name, ms, value) a network).
-
-    Networks of one family, by the first word of their names, are a line; Next-ViT's stands out.
-    """
-    columns = min(3, len(panels))
-    figure = _figure(5.4 * columns, 4.2 * -(-len(panels) // columns))
-    grid = np.atleast_1d(figure.subplots(-(-len(panels) // columns), columns, squeeze=False)).ravel()
-    for axes, (runtime, accuracy, points) in zip(grid, panels, strict=False):
-        families: dict[str, list[tuple[float, float, str]]] = {}
-        for name, ms, value in points:
-            families.setdefault(name.split("-")[0].split(" ")[0].rstrip("0123456789"), []).append((ms, value, name))
-        for family, members in families.items():
-            own = family == "Next"
-            members.sort()
-            colour = ORANGE if own else BLUE
-            line = [ms for ms, _, _ in members], [value for _, value, _ in members]
-            axes.plot(*line, color=colour, marker="o", ms=5 if own else 3, lw=2 if own else 0.8, zorder=2 + own)
-            for x, y, name in members:
-                axes.annotate(name, (x, y), (3, 3), textcoords="offset points", size=6, color=colour if own else GREY)
-        axes.set_xscale("log")
-        axes.set(title=runtime, xlabel="ms for one image", ylabel=accuracy)
+def spectra(panels: Sequence[tuple[str, Sequence[tuple[str, np.ndarray, np.ndarray]]]], path: Path) -> None:
+    """Relative log amplitude against frequency, a panel a network; lines: (name, shares of pi, values)."""
+    figure = _figure(4.6 * len(panels), 3.8)
+    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, (title, lines) in zip(grid, panels, strict=True):
+        stages = [name for name, _, _ in lines if "," not in name]
+        colours = need("matplotlib", extra="plots").colormaps["viridis"](np.linspace(0, 0.85, max(len(stages), 1)))
+        for name, frequencies, values in lines:
+            stage, _, branch = name.partition(", ")
+            style = {"": "-", "E-MHSA": "--", "MHCA": ":"}[branch]
+            colour = colours[stages.index(stage)] if stage in stages else GREY
+            axes.plot(frequencies, values, style, color=colour, lw=1 if branch else 2, label=name)
+        axes.set(title=title, xlabel="frequency (pi / pixel of the map)", ylabel="log amplitude, less that of the mean")
         axes.spines[["top", "right"]].set_visible(False)
-    for axes in grid[len(panels) :]:
-        axes.set_visible(False)
+        axes.legend(frameon=False, fontsize=7)
+    _save(figure, path)
+
+
+def heated(picture: np.ndarray, values: np.ndarray) -> Image.Image:
+    """uint8 (H, W, 3) under values (H, W) from 0 to 1: blue is little, red is much."""
+    colours = need("matplotlib", extra="plots").colormaps["jet"](values)[:, :, :3] * 255
+    return Image.fromarray((picture * 0.5 + colours * 0.5).astype(np.uint8))
+
+
+@dataclass(frozen=True)
+class Point:
+    """A network in a plot of accuracy against latency."""
+
+    name: str
+    family: str  # whose members a line joins
+    ratio: float  # its latency / the anchor's
+    accuracy: float
+    told: str  # of it, where a reader points at it
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Networks on one runtime, judged by one accuracy; `row` and `column` are its place in the figure."""
+
+    row: int
+    column: int
+    runtime: str
+    accuracy: str
+    points: tuple[Point, ...]
+
+
+def _families(panel: Panel) -> dict[str, list[Point]]:
+    """Members of each family, the fastest first."""
+    families: dict[str, list[Point]] = {}
+    for point in sorted(panel.points, key=lambda point: point.ratio):
+        families.setdefault(point.family, []).append(point)
+    return families
+
+
+def trade_off(panels: Sequence[Panel], ours: str, anchor: str, path: Path) -> None:
+    """Accuracy against latency relative to the anchor's, as PNG, and beside it as SVG and as a page to point at.
+
+    ours: how the families begin that stand out, each member with its name; others have their family's alone.
+    """
+    rows, columns = (1 + max(getattr(panel, side) for panel in panels) for side in ("row", "column"))
+    figure = _figure(4.6 * columns, 3.9 * rows)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    empty = {(row, column) for row in range(rows) for column in range(columns)}
+    for panel in panels:
+        empty.discard((panel.row, panel.column))
+        axes = grid[panel.row][panel.column]
+        for family, members in _families(panel).items():
+            own = family.startswith(ours)
+            line = [m.ratio for m in members], [m.accuracy for m in members]
+            colour = ORANGE if own else BLUE
+            axes.plot(*line, color=colour, marker="o", ms=5 if own else 3, lw=2 if own else 0.8, zorder=2 + own)
+            for m in members if own else members[-1:]:
+                place = {"xy": (m.ratio, m.accuracy), "xytext": (3, 3), "textcoords": "offset points"}
+                axes.annotate(m.name if own else family, size=7, color=colour if own else GREY, **place)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else "")
+        axes.set(title=panel.runtime, xlabel=f"latency / {anchor}'s", ylabel=panel.accuracy)
+        axes.spines[["top", "right"]].set_visible(False)
+    for row, column in empty:
+        grid[row][column].set_visible(False)
     _save(figure, path)
     with replacing(path.with_suffix(".svg")) as unfinished:
         figure.savefig(unfinished, format="svg")
+    _trade_off_page(panels, ours, anchor, (rows, columns), path.with_suffix(".html"))
+
+
+def _trade_off_page(panels: Sequence[Panel], ours: str, anchor: str, shape: tuple[int, int], path: Path) -> None:
+    """The same as one HTML file, which needs nothing else: families can be hidden, points tell what they are."""
+    graphs: Any = need("plotly.graph_objects", extra="plots")
+    titles = {(panel.row, panel.column): panel.runtime for panel in panels}
+    figure = need("plotly.subplots", extra="plots").make_subplots(
+        *shape, subplot_titles=[titles.get((r, c), "") for r in range(shape[0]) for c in range(shape[1])]
+    )
+    palette = need("plotly.colors", extra="plots").qualitative.Dark24
+    names = list(dict.fromkeys(point.family for panel in panels for point in panel.points))
+    shown: set[str] = set()
+    for panel in panels:
+        place = {"row": panel.row + 1, "col": panel.column + 1}
+        for family, members in _families(panel).items():
+            own = family.startswith(ours)
+            line = graphs.scatter.Line(
+                color=ORANGE if own else palette[names.index(family) % len(palette)], width=3 if own else 1
+            )
+            trace = graphs.Scatter(
+                x=[m.ratio for m in members],
+                y=[m.accuracy for m in members],
+                text=[f"<b>{m.name}</b><br>{m.told}" for m in members],
+                hoverinfo="text",
+                mode="lines+markers",
+                line=line,
+                marker={"size": 9 if own else 6},
+                name=family,
+                legendgroup=family,
+                showlegend=family not in shown,
+            )
+            shown.add(family)
+            figure.add_trace(trace, **place)
+        figure.update_xaxes(type="log", title=f"latency / {anchor}'s", **place)
+        figure.update_yaxes(title=panel.accuracy, **place)
+    figure.update_layout(template="simple_white", width=460 * shape[1] + 200, height=400 * shape[0])
+    with replacing(path) as unfinished:
+        figure.write_html(unfinished, include_plotlyjs=True, full_html=True)

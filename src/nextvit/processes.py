@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nextvit.backbone import NCB, NTB
+from nextvit.backbone import Stacked
 from nextvit.errors import UserError
 
 T = TypeVar("T")
@@ -81,7 +81,7 @@ class Processes:
 
             model.to(memory_format=torch.contiguous_format)  # the only one that FSDP2 cuts
             for block in model.modules():
-                if isinstance(block, NCB | NTB):
+                if isinstance(block, Stacked):
                     fully_shard(block)
             fully_shard(model)
             return model

@@ -1,5 +1,4 @@
-"""The paper's Tables 4, 5 and 6, and its Figure 1, on this machine: costs counted, latencies measured, beside what is
-printed.
+"""The paper's tables and its Figure 1 on this machine: costs counted, latencies measured, beside what is printed.
 
 Every network is measured in a run of its own beside the same anchor, Next-ViT-S, on the same runtime, precision and
 batch, and the ratio to the anchor is what rows are compared by: a busy hour then disturbs both alike.
@@ -25,9 +24,10 @@ from nextvit.exporters.export import export
 from nextvit.exporters.parity import real_images
 from nextvit.extras import need
 from nextvit.files import write_rows
+from nextvit.foreign import is_foreign
 from nextvit.formats import format_named
 from nextvit.networks import Network, of_size
-from nextvit.paper import ANCHOR, Claim, PaperRow
+from nextvit.paper import ANCHOR, SIZES, Claim, PaperRow
 from nextvit.progress import say
 from nextvit.runtime.open import open_session
 from nextvit.runtime.session import Session
@@ -40,7 +40,7 @@ SETUPS = (  # runtime and precision, in the order in which they are measured
     ("openvino", "bf16"),
     ("openvino", "int8"),
 )
-ROUNDS = 8  # the fewest that an interval of 99 % needs
+ROUNDS = 12  # of 8, the fewest that there can be, an interval of 99 % is all that was measured
 NEAR = 0.02  # of a printed cost: what differs by more is flagged
 DENSE = {  # of each table: column, task, head, what is counted, and the height and width that operations are counted at
     "table5": (("fpn", "segment", "fpn", 512, 2048), ("upernet", "segment", "upernet", 512, 2048)),
@@ -109,7 +109,7 @@ def counts(row: PaperRow) -> list[Count]:
             why = str(error).strip().splitlines()[0]
             found += [Count(column, row.printed.get(column), None, why) for column in columns]
             continue
-        ours = task != "classify" or row.network.startswith("nextvit")
+        ours = task != "classify" or not is_foreign(row.network)
         values = (counted.params / 1e6, counted.gflops_paper if ours else counted.gflops)
         attention = round(counted.gflops, 2) if task != "classify" else None
         for column, value, all_of_it in zip(columns, values, (None, attention), strict=True):
@@ -122,10 +122,9 @@ def counts(row: PaperRow) -> list[Count]:
 
 @dataclass(frozen=True)
 class Latency:
-    """One row of one table on one runtime: milliseconds for a batch, and the ratio to the anchor's; or why not."""
+    """One row on one runtime: milliseconds for a batch, and the ratio to the anchor's; or why not."""
 
-    table: str
-    row: str
+    row: str  # its key
     runtime: str
     precision: str
     batch: int
@@ -157,11 +156,10 @@ def measure(
     threads: int | None = None,
     rounds: int = ROUNDS,
 ) -> list[Latency]:
-    """Measure all rows of a table, keeping each in the CSV `file` when it is known: what is there is not done again."""
+    """Measure rows of a table, keeping each in the CSV `file` when it is known: what is there is not done again."""
     done = read_latencies(file)
-    sizes = {row.image_size for row in rows} if rows[0].table != "table4" else {224}
+    anchor_size = SIZES[rows[0].table]
     with tempfile.TemporaryDirectory() as place:
-        anchor_size = min(sizes)
         anchors = Sessions(of_size(create_model(ANCHOR), anchor_size), anchor_size, Path(place, "anchor"), threads)
         for number, row in enumerate(rows, 1):
             wanted = [(r, p, b) for r, p in setups for b in batches]
@@ -178,11 +176,14 @@ def measure(
 
 
 class Sessions:
-    """A network on the runtimes, each exported and opened when it is first asked for."""
+    """A network on the runtimes, each exported and opened when it is first asked for; files begin with `stem`."""
 
     def __init__(self, network: Network, image_size: int, stem: Path, threads: int | None):
         self.network, self.image_size, self.stem, self.threads = network, image_size, stem, threads
         self.open: dict[tuple[str, str], Session] = {}
+        for old in stem.parent.glob(f"{stem.name}-*"):  # files of another network
+            if old.is_file():
+                old.unlink()
         _calibrate(network, image_size)
 
     def __call__(self, runtime: str, precision: str) -> Session:
@@ -213,14 +214,12 @@ def _measured(
     threads: int | None,
     rounds: int,
 ) -> Iterator[Latency]:
-    for old in stem.parent.glob(f"{stem.name}-*"):  # of the row before
-        old.unlink() if old.is_file() else None
     try:
         network = of_size(create_model(row.network, task="classify"), row.image_size)
         own = Sessions(network, row.image_size, stem, threads)
     except (UserError, RuntimeError) as error:
         for setup in setups:
-            yield Latency(row.table, row.key, *setup, why=_first_line(error))
+            yield Latency(row.key, *setup, why=_first_line(error))
         return
     for runtime, precision, batch in setups:
         try:
@@ -229,14 +228,13 @@ def _measured(
             yield _latency(row, runtime, precision, batch, found)
         except Exception as error:  # a network that one runtime cannot have: the rest goes on
             say(f"{row.name}, {runtime}, {precision}: {_first_line(error)}")
-            yield Latency(row.table, row.key, runtime, precision, batch, why=_first_line(error))
+            yield Latency(row.key, runtime, precision, batch, why=_first_line(error))
 
 
 def _latency(row: PaperRow, runtime: str, precision: str, batch: int, found: Row) -> Latency:
     ratio, low, high = (round(value, 4) for value in (found.ratio, found.ratio_low, found.ratio_high))
-    return Latency(
-        row.table, row.key, runtime, precision, batch, found.setup.threads, round(found.median_ms, 3), ratio, low, high
-    )
+    ms = round(found.median_ms, 3)
+    return Latency(row.key, runtime, precision, batch, found.setup.threads, ms, ratio, low, high)
 
 
 def _first_line(error: Exception) -> str:
@@ -267,7 +265,6 @@ def read_latencies(file: Path) -> list[Latency]:
                 raise UserError(f"{file} was not written by `nextvit reproduce`; name another folder.")
             found.append(
                 Latency(
-                    table=record["table"],
                     row=record["row"],
                     runtime=record["runtime"],
                     precision=record["precision"],

@@ -2,23 +2,33 @@
 
 import datetime
 import platform
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from nextvit import __version__, plots, report
+from nextvit.equal_latency import Depth
 from nextvit.extras import version
 from nextvit.files import write_rows
-from nextvit.paper import ACCURACY, ANCHOR, CLAIMS, EXPLAINED, PaperRow
+from nextvit.foreign import note_of
+from nextvit.paper import ACCURACY, ANCHOR, CLAIMS, EXPLAINED, SIZES, TABLES, PaperRow, paper_rows
 from nextvit.reproduce import Count, Held, Latency, held, pareto_front, rank_correlation
 
 TITLES = {
     "table4": "Table 4: classification on ImageNet-1K",
     "table5": "Table 5: segmentation of ADE20K; latency is the backbone's at 512 x 512",
     "table6": "Table 6: detection on COCO; latency is the backbone's at 512 x 512",
+    "table1": "Table 1: which blocks a stage has (C: NCB, T: NTB, H_N: NCBs and an NTB behind them)",
+    "table2": "Table 2: N and L in stage 3; its figures are lost, its rows are what its text says",
+    "table7": "Table 7: blocks in NCB's place",
+    "table8": "Table 8: r, the share of E-MHSA in an NTB",
+    "table9": "Table 9: norm and activation; its figures are lost",
 }
 PRINTED = {"tensorrt_ms": "TensorRT, ms (printed)", "coreml_ms": "CoreML, ms (printed)"}
 FEWEST_RANKED = 5  # rows that an order is told of
+OURS = "Next-ViT"
+FAMILY = re.compile(r"Next-ViT|TRT-ViT|Twins-SVT|[A-Za-z]+(?:(?<=v)2)?")  # what a network's name begins with
 Setup = tuple[str, str, int]
 
 
@@ -54,7 +64,8 @@ def latency_rows(rows: Sequence[PaperRow], found: Sequence[Latency]) -> list[dic
     fronts = {setup: _front(rows, by_row, setup) for setup in setups}
     lines = []
     for row in rows:
-        line: dict[str, object] = {"network": row.name, "pixels": row.image_size}
+        note = note_of(row.network)
+        line: dict[str, object] = {"network": row.name + f" ({note})" * bool(note), "pixels": row.image_size}
         line |= {told: row.printed.get(column, "-") for column, told in ACCURACY[row.table].items()}
         line |= {told: row.printed.get(column, "-") for column, told in PRINTED.items()}
         for setup in setups:
@@ -93,9 +104,14 @@ def claim_rows(verdicts: Sequence[Held]) -> list[dict[str, object]]:
 
 
 def write_reproduction(
-    table: str, rows: Sequence[PaperRow], counted: Sequence[Sequence[Count]], found: Sequence[Latency], folder: Path
+    table: str,
+    rows: Sequence[PaperRow],
+    counted: Sequence[Sequence[Count]],
+    found: Sequence[Latency],
+    folder: Path,
+    depths: Sequence[Depth] = (),
 ) -> Path:
-    """All files of a table in a folder; returns its page."""
+    """All files of a table in a folder; returns its page. depths: of ablations, as they were searched."""
     costs, claims = count_rows(rows, counted), claim_rows(held(CLAIMS, rows, found))
     flagged = [line for line in costs if line["flag"] or line["counted"] == "-"]
     write_rows(folder / f"{table}-costs.csv", costs)
@@ -110,9 +126,14 @@ def write_reproduction(
     if found:
         lines = latency_rows(rows, found)
         write_rows(folder / f"{table}-latency.csv", lines)
-        picture = folder / f"{table}.png"
-        trade_off(table, rows, found, picture)
-        parts += [report.picture(picture, "accuracy against latency"), report.html_table(lines)]
+        if table in TABLES:
+            picture = folder / f"{table}-tradeoff.png"
+            trade_off(table, rows, found, picture)
+            parts.append(report.picture(picture, "accuracy against latency"))
+        parts.append(report.html_table(lines))
+        if depths:
+            parts.append(report.heading("Depths that come to the reference's latency"))
+            parts.append(report.html_table([asdict(one) for one in depths]))
         parts += [report.heading("Is the order the paper's?"), report.html_table(correlation_rows(rows, found))]
         if claims:
             write_rows(folder / f"{table}-claims.csv", claims)
@@ -129,17 +150,69 @@ def write_reproduction(
 
 
 def trade_off(table: str, rows: Sequence[PaperRow], found: Sequence[Latency], path: Path) -> None:
-    """Figure 1 on this machine: accuracy against milliseconds, a panel a runtime and a kind of accuracy."""
-    by_row = {(one.row, *one.setup): one for one in found if one.ms is not None}
-    setups = [setup for setup in dict.fromkeys(one.setup for one in found) if setup[2] == 1]
+    """A table's part of Figure 1 on this machine: a panel a runtime and a kind of accuracy."""
+    panels = [
+        panel
+        for row, accuracy in enumerate(ACCURACY[table])
+        for panel in _panels(rows, found, accuracy, _measured_setups(found), row)
+    ]
+    plots.trade_off(panels, OURS, _label(ANCHOR), path)
+
+
+def figure1(measured: Sequence[tuple[Sequence[PaperRow], Sequence[Latency]]], path: Path) -> None:
+    """Figure 1 on this machine: a row a task, by its first accuracy, a column a runtime, the printed ones first.
+
+    measured: rows of each table, and their latencies.
+    """
+    setups = list(dict.fromkeys(setup for _, found in measured for setup in _measured_setups(found)))
     panels = []
-    for column, told in ACCURACY[table].items():
-        for setup in setups:
-            there = [(row, by_row.get((row.key, *setup))) for row in rows if column in row.printed]
-            points = [(row.name, one.ms, row.printed[column]) for row, one in there if one is not None and one.ms]
-            if points:
-                panels.append((_named(setup), told, points))
-    plots.trade_off(panels, path)
+    for number, (rows, found) in enumerate(measured):
+        panels += _panels(rows, found, next(iter(ACCURACY[rows[0].table])), setups, number)
+    plots.trade_off(panels, OURS, _label(ANCHOR), path)
+
+
+def _measured_setups(found: Sequence[Latency]) -> list[Setup]:
+    return [setup for setup in dict.fromkeys(one.setup for one in found if one.ratio is not None) if setup[2] == 1]
+
+
+def _panels(
+    rows: Sequence[PaperRow], found: Sequence[Latency], column: str, setups: Sequence[Setup], place: int
+) -> list[plots.Panel]:
+    """The printed latencies and then the measured ones, all relative to the anchor's at the table's usual size."""
+    by_row = {(one.row, *one.setup): one for one in found}
+    anchor = next(row for row in paper_rows(rows[0].table) if row.network == ANCHOR).printed
+    told = ACCURACY[rows[0].table][column]
+    good = [row for row in rows if column in row.printed]
+    panels = []
+    for number, (latency, name) in enumerate(PRINTED.items()):
+        points = [
+            _point(row, row.printed[latency] / anchor[latency], column, f"{row.printed[latency]:g} ms", measured=False)
+            for row in good
+            if latency in row.printed
+        ]
+        panels.append(plots.Panel(place, number, name.replace(", ms", ""), told, tuple(points)))
+    for number, setup in enumerate(setups, len(PRINTED)):
+        there = [(row, by_row.get((row.key, *setup))) for row in good]
+        points = [_point(row, one.ratio, column, _told(one), measured=True) for row, one in there if one and one.ratio]
+        panels.append(plots.Panel(place, number, _named(setup), told, tuple(points)))
+    return [panel for panel in panels if panel.points]
+
+
+def _point(row: PaperRow, ratio: float, column: str, latency: str, *, measured: bool) -> plots.Point:
+    size = f" at {row.image_size} pixels"
+    usual = row.image_size == SIZES[row.table]
+    label = row.name if usual else f"{row.name} {row.image_size}"
+    found = FAMILY.match(row.name)
+    assert found is not None
+    family = f"{OURS} {row.image_size}" if found[0] == OURS and not usual else found[0]
+    if measured and (note := note_of(row.network)):
+        family, label = f"{family} (reconstruction)", f"{label}, {note}"
+    told = f"{row.name}{size}<br>{row.printed[column]:g} {ACCURACY[row.table][column]}<br>{latency}"
+    return plots.Point(label, family, ratio, row.printed[column], told)
+
+
+def _label(network: str) -> str:
+    return next(row.name for row in paper_rows("table4") if row.network == network)
 
 
 def machine() -> str:

@@ -122,7 +122,12 @@ def make_divisible(value: float, divisor: int) -> int:
 
 
 def mixed_widths(width: int, mix: float, head_dim: int) -> tuple[int, int]:
-    """Split the width of an NTB between E-MHSA and MHCA (paper, 3.3); each must have at least one head."""
+    """Split the width of an NTB between E-MHSA and MHCA (paper, 3.3).
+
+    Each has at least one head, but for r = 0 and r = 1 (paper, Table 8), where one of them has all.
+    """
+    if mix in (0, 1):
+        return int(width * mix), int(width * (1 - mix))
     attention = make_divisible(width * mix, head_dim)
     if width % head_dim or width - attention < head_dim:
         raise UserError(

@@ -29,7 +29,7 @@ def export_form(model: Network, *, fixed: bool) -> Network:
         backbone.layout = torch.contiguous_format  # runtimes choose their own
     form.to(memory_format=torch.contiguous_format)
     for module in form.modules():
-        if isinstance(module, NTB):
+        if isinstance(module, NTB) and module.e_mhsa is not None:
             module.e_mhsa = MapEMHSA(module.e_mhsa, fixed=fixed)  # type: ignore[assignment]  # same shapes, other class
         if fixed and isinstance(module, PatchEmbed) and isinstance(module.pool, HalvingPool):
             module.pool = FixedHalvingPool()  # type: ignore[assignment]  # likewise

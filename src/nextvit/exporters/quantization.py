@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from nextvit.average_precision import AveragePrecision, Scores
-from nextvit.backbone import NCB, NTB
+from nextvit.backbone import Stacked
 from nextvit.data.images import read_image
 from nextvit.data.objects import Objects
 from nextvit.exporters.calibration import Calibration, Images
@@ -106,7 +106,7 @@ def sensitive_parts(form: nn.Module, images: Images) -> list[str]:
     parts = {
         name: module
         for name, module in form.named_modules()
-        if isinstance(module, NCB | NTB | Unit) or name.rpartition(".")[2] in ENDS
+        if isinstance(module, Stacked | Unit) or name.rpartition(".")[2] in ENDS
     }
     height, width = next(iter(images)).shape[2:]
     count = max(FEWEST_RANKED, min(RANKED, RANKED_PIXELS // (height * width)))

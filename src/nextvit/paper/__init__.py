@@ -1,9 +1,11 @@
-"""What the paper prints in its Tables 4, 5 and 6, a row a network, and the network that each row is about."""
+"""What the paper prints in its tables, a row a network, and the network that each row is about."""
 
 import csv
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+
+from nextvit.ablations import ABLATIONS, Ablation
 
 ANCHOR = "nextvit_small"  # of the paper's claims, and what all is measured beside
 ACCURACY = {  # of each table: columns of figures that a network is good by, with their names
@@ -12,7 +14,12 @@ ACCURACY = {  # of each table: columns of figures that a network is good by, wit
     "table6": {"box_ap_1x": "box AP, 1x", "box_ap_3x": "box AP, 3x + MS", "mask_ap_1x": "mask AP, 1x"},
 }
 TABLES = tuple(ACCURACY)
-BACKBONE_SIZE = 512  # pixels a side: the latencies of Tables 5 and 6 are of backbones alone, at this size
+ABLATION_TABLES = ("table1", "table2", "table7", "table8", "table9")
+ACCURACY |= dict.fromkeys(
+    ABLATION_TABLES, {"top1": "top-1, %", "det_box_ap": "box AP, 1x", "seg_miou": "mIoU with Semantic FPN, %"}
+)
+SIZES = {"table4": 224, "table5": 512, "table6": 512}  # pixels a side, the usual ones; of 5 and 6 backbones alone
+SIZES |= dict.fromkeys(ABLATION_TABLES, 224)
 
 
 @dataclass(frozen=True)
@@ -34,15 +41,25 @@ class PaperRow:
 
 @cache
 def paper_rows(table: str) -> tuple[PaperRow, ...]:
-    """The rows of "table4", "table5" or "table6", as printed, with its mistakes (see EXPLAINED)."""
+    """The rows of a table as printed, with its mistakes (see EXPLAINED)."""
+    if table in ABLATION_TABLES:
+        return tuple(ablation_row(a, a.depths) for a in ABLATIONS if a.table == table)
     text = (resources.files("nextvit.paper") / f"{table}.csv").read_text(encoding="utf-8")
     found = []
     for row in csv.DictReader(text.splitlines()):
         name, network, group = (row.pop(key) for key in ("model", "network", "group"))
-        size = int(row.pop("image_size", BACKBONE_SIZE))
+        size = int(row.pop("image_size", SIZES[table]))
         printed = {key: float(value) for key, value in row.items() if value}
         found.append(PaperRow(table, name, network, size, group, printed))
     return tuple(found)
+
+
+def ablation_row(ablation: Ablation, depths: tuple[int, int]) -> PaperRow:
+    """A row of an ablation with its network of these depths."""
+    third, more = depths
+    told = f", {third} blocks" + f" and {more:+} in stage 2" * bool(more) if ablation.reference else ""
+    network = ablation.at(third, more).name
+    return PaperRow(ablation.table, ablation.row + told, network, SIZES[ablation.table], "", ablation.printed)
 
 
 # Why a printed figure and the network's own differ by more than 2 %, by table, row and column. Where attention products

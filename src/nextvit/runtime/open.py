@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from nextvit.create import create_model, list_models, open_checkpoint
+from nextvit.create import create_model, is_variant, list_models, open_checkpoint
 from nextvit.errors import UserError
 from nextvit.foreign import TIMM, is_foreign
 from nextvit.formats import format_of
@@ -29,7 +29,7 @@ EXPORTED: dict[str, Callable[..., Session]] = {
 
 def open_network(model: str | Path, weights: str | None = None) -> Network:
     """The network of a name (with `weights`, or random ones), a classifier, or of a weight file."""
-    if str(model) in list_models() or is_foreign(str(model)):
+    if is_variant(str(model)) or is_foreign(str(model)):
         return create_model(str(model), weights=weights, task="classify")
     if weights is not None:
         raise UserError(f"--weights goes with a variant's name ({', '.join(list_models())}), not with {model}.")

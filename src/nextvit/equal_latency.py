@@ -1,0 +1,191 @@
+"""Networks of one latency (paper, Tables 1, 2 and 7): depth is changed until one takes as long as its reference."""
+
+import csv
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+
+from nextvit.ablations import ABLATIONS, Ablation
+from nextvit.benchmark import benchmark
+from nextvit.create import create_model
+from nextvit.errors import UserError
+from nextvit.files import write_rows
+from nextvit.paper import SIZES, PaperRow, ablation_row
+from nextvit.progress import say
+from nextvit.reproduce import ROUNDS, Sessions
+from nextvit.runtime.session import Session
+
+TOLERANCE = 0.03  # of the reference's latency
+MOST_BLOCKS = 80
+A_BLOCK = 0.04  # of the latency, what one is taken for before two depths were measured
+MOST_MORE = 2  # blocks, by which stage 2 is made deeper or shallower
+MOST_TRIES = 14  # networks that are measured
+
+
+@dataclass(frozen=True)
+class Equal:
+    """The depths that were found, and what was measured of them."""
+
+    third: int  # blocks in stage 3
+    more: int  # in stage 2, more than the reference has
+    ratio: float  # latency / the reference's
+    tried: int  # networks that were measured
+
+    @property
+    def ok(self) -> bool:
+        return abs(self.ratio - 1) <= TOLERANCE
+
+
+def equal_latency(ratio_of: Callable[[int, int], float], can_have: Callable[[int, int], bool], third: int) -> Equal:
+    """Search the depths whose latency is nearest to the reference's; `ok` of what is returned says whether it is near.
+
+    ratio_of: measures (blocks in stage 3, more in stage 2) -> latency / the reference's. It grows with both. can_have:
+    whether there is such a network. third: where to start. Stage 3 is changed first, by the slope between the two
+    nearest depths known; where whole blocks are too coarse, stage 2 too.
+    """
+    known: dict[tuple[int, int], float] = {}
+
+    def ask(depths: tuple[int, int]) -> float:
+        if depths not in known:
+            known[depths] = ratio_of(*depths)
+        return known[depths]
+
+    def nearest() -> tuple[int, int]:
+        return min(known, key=lambda depths: abs(known[depths] - 1))
+
+    def done() -> bool:
+        return abs(known[nearest()] - 1) <= TOLERANCE or len(known) >= MOST_TRIES
+
+    ask((third, 0))
+    while not done():
+        at, slope = nearest()[0], _slope({n: ratio for (n, more), ratio in known.items() if not more})
+        wanted = min(MOST_BLOCKS, max(1, at + round((1 - known[at, 0]) / slope)))
+        if wanted == at:  # the nearest whole number is still too far: is its neighbour nearer?
+            wanted = at + (1 if known[at, 0] < 1 else -1)
+        if (wanted, 0) in known or not can_have(wanted, 0):
+            break
+        ask((wanted, 0))
+    base = nearest()[0]
+    slope = _slope({n: ratio for (n, more), ratio in known.items() if not more})
+    if not done() and can_have(base, 1):
+        step = max(ask((base, 1)) - known[base, 0], 1e-3)
+        while not done():
+            guesses = {
+                (n, more): known[base, 0] + (n - base) * slope + more * step
+                for more in range(-MOST_MORE, MOST_MORE + 1)
+                for n in range(max(1, base - 3), base + 4)
+                if can_have(n, more) and (n, more) not in known
+            }
+            if not guesses:
+                break
+            ask(min(guesses, key=lambda depths: abs(guesses[depths] - 1)))
+    best = nearest()
+    return Equal(*best, known[best], len(known))
+
+
+def _slope(ratios: dict[int, float]) -> float:
+    """Latency of a block, from the two depths that are nearest to the reference."""
+    if len(ratios) < 2:
+        return A_BLOCK
+    (a, b) = sorted(sorted(ratios, key=lambda n: abs(ratios[n] - 1))[:2])
+    return max((ratios[b] - ratios[a]) / (b - a), A_BLOCK / 10)
+
+
+# ---- measured --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Depth:
+    """The network of an ablation that takes as long as its reference here, as near as whole blocks come."""
+
+    network: str  # a MODEL
+    reference: str
+    runtime: str
+    precision: str
+    third: int
+    more: int
+    ratio: float  # latency / the reference's, batch 1
+    tried: int
+
+
+def of_equal_latency(
+    rows: Sequence[PaperRow],
+    file: Path,
+    setup: tuple[str, str],
+    *,
+    threads: int | None = None,
+    rounds: int = ROUNDS,
+) -> tuple[list[PaperRow], list[Depth]]:
+    """Rows of ablations with the depths that bring those that have a reference to its latency; and these depths.
+
+    setup: runtime and precision. Each is kept in the CSV `file` when it is known: what is there is not searched again.
+    """
+    runtime, precision = setup
+    ablations = [a for a in ABLATIONS if a.variant.name in {row.network for row in rows}]
+    done = read_depths(file)
+    with tempfile.TemporaryDirectory() as place:
+        references: dict[str, Sessions] = {}
+        for ablation in ablations:
+            base, name, size = ablation.variant.name, ablation.reference, SIZES[ablation.table]
+            if name is None or base in _by_name(done, setup):
+                continue
+            if name not in references:
+                references[name] = Sessions(create_model(name), size, Path(place, name), threads)
+            reference = references[name](runtime, precision)
+            opened = partial(_opened, ablation, Path(place, "row"), runtime, precision, threads)
+            found = equal_latency(partial(_ratio, opened, reference, rounds), ablation.can_have, ablation.depths[0])
+            network = ablation.at(found.third, found.more).name
+            if not found.ok:
+                say(f"{network}: {found.ratio:.3f} of {name}'s latency is the nearest that was found")
+            ratio = round(found.ratio, 4)
+            done.append(Depth(network, name, runtime, precision, found.third, found.more, ratio, found.tried))
+            write_rows(file, [asdict(one) for one in done])
+    known = _by_name(done, setup)
+    depths = [known[a.variant.name] for a in ablations if a.reference is not None]
+    chosen = {d.network.partition("@")[0]: (d.third, d.more) for d in depths}
+    return [ablation_row(a, chosen.get(a.variant.name, a.depths)) for a in ablations], depths
+
+
+def _by_name(depths: Sequence[Depth], setup: tuple[str, str]) -> dict[str, Depth]:
+    return {d.network.partition("@")[0]: d for d in depths if (d.runtime, d.precision) == setup}
+
+
+def _opened(
+    ablation: Ablation, stem: Path, runtime: str, precision: str, threads: int | None, third: int, more: int
+) -> tuple[str, Session]:
+    network = ablation.at(third, more).name
+    return network, Sessions(create_model(network), SIZES[ablation.table], stem, threads)(runtime, precision)
+
+
+def _ratio(
+    opened: Callable[[int, int], tuple[str, Session]], reference: Session, rounds: int, third: int, more: int
+) -> float:
+    network, session = opened(third, more)
+    ratio = benchmark([("reference", reference), (network, session)], rounds=rounds)[1].ratio
+    say(f"{network}: {third} blocks in stage 3, {more:+} in stage 2, {ratio:.3f} of the reference's latency")
+    return ratio
+
+
+def read_depths(file: Path) -> list[Depth]:
+    """What a search left; none where there is no file."""
+    if not file.exists():
+        return []
+    with open(file, encoding="utf-8", newline="") as handle:
+        records = list(csv.DictReader(handle))
+    if any(record.keys() != {field.name for field in fields(Depth)} for record in records):
+        raise UserError(f"{file} was not written by `nextvit reproduce`; name another folder.")
+    return [
+        Depth(
+            network=record["network"],
+            reference=record["reference"],
+            runtime=record["runtime"],
+            precision=record["precision"],
+            third=int(record["third"]),
+            more=int(record["more"]),
+            ratio=float(record["ratio"]),
+            tried=int(record["tried"]),
+        )
+        for record in records
+    ]
