@@ -14,8 +14,8 @@ from tests.conftest import REPOSITORY
 SOURCE = REPOSITORY / "src" / "nextvit"
 ROOMS = [  # the order of docs/architecture.md: a module imports what stands before it, or beside it in its own row
     ["errors", "extras", "files", "progress", "spec", "metadata", "devices", "class_names", "trust"],
-    ["peers"],
-    ["backbone", "foreign"],
+    ["peers", "ablations"],
+    ["backbone", "compared", "foreign"],
     ["heads"],
     ["segmenter", "detector"],
     ["networks"],
@@ -39,9 +39,10 @@ ROOMS = [  # the order of docs/architecture.md: a module imports what stands bef
     ["benchmark"],
     ["candidates", "loading", "paper"],
     ["reproduce"],
-    ["describe", "results", "plots"],
+    ["equal_latency"],
+    ["describe", "results", "plots", "explain"],
     ["report"],
-    ["reproduced"],
+    ["reproduced", "explained"],
     ["demo"],
     ["demo_segment", "demo_detect"],
     ["cli"],
@@ -106,7 +107,9 @@ def test_no_code_runs_what_came_with_data():
                 name = ast.unparse(node.func)
                 flags = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
                 assert name not in ("eval", "exec", "os.system", "pickle.load", "pickle.loads"), path
-                assert name != "yaml.load" or flags.get("Loader") == "yaml.BaseLoader", path  # it makes nothing but text
+                assert name != "yaml.load" or flags.get("Loader") == "yaml.BaseLoader", (
+                    path
+                )  # it makes nothing but text
                 assert flags.get("shell") != "True", path
                 if name == "torch.load":
                     assert path.name == "weights.py"

@@ -72,13 +72,13 @@ def info(
     debug: Debug = False,
 ) -> None:
     """The variants; or one model's structure, parameters and FLOPs, and what a file holds."""
+    from nextvit.create import is_variant
     from nextvit.describe import describe_file, describe_foreign, describe_variant, describe_variants
     from nextvit.foreign import is_foreign
-    from nextvit.spec import VARIANTS
 
     if model is None:
         _show(describe_variants(), as_json)
-    elif any(model == v.name for v in VARIANTS) or not (is_foreign(model) or os.path.lexists(model)):
+    elif is_variant(model) or not (is_foreign(model) or os.path.lexists(model)):
         _show(describe_variant(model, image_size or 224), as_json)
     elif is_foreign(model):
         _show(describe_foreign(model, image_size), as_json)
@@ -681,7 +681,7 @@ def benchmark(
 
 @app.command(epilog="Example: nextvit reproduce table4 --only Next-ViT --only ResNet101 --runtimes openvino")
 def reproduce(
-    what: Annotated[str, typer.Argument(metavar="WHAT", help="table4, table5 or table6.")],
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="table1, 2, 4 to 9; or figure1, of 4, 5 and 6.")],
     only: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="Rows whose name has this in it alone; may be repeated."),
@@ -692,7 +692,7 @@ def reproduce(
     runtimes: Annotated[str, typer.Option(help="Of torch, onnx, openvino.")] = "torch,onnx,openvino",
     precision: Annotated[str, typer.Option(help="Of fp32, bf16, int8, where a runtime has them.")] = "fp32,bf16,int8",
     batch_size: Annotated[str, typer.Option(help="Images a call; several, as in 1,8, make a column each.")] = "1",
-    rounds: Annotated[int, typer.Option(min=8, help="Interleaved rounds of a row and its anchor.")] = 8,
+    rounds: Annotated[int, typer.Option(min=8, help="Interleaved rounds of a row and its anchor.")] = 12,
     threads: Threads = None,
     output: Annotated[
         Path, typer.Option(help="A folder; what it holds from an earlier run is not measured again.")
@@ -701,29 +701,94 @@ def reproduce(
     debug: Debug = False,
 ) -> None:
     """The paper's tables on this machine: costs counted, latencies measured, beside what is printed."""
-    from nextvit.describe import table
-    from nextvit.paper import TABLES, paper_rows
+    from nextvit.describe import table as as_table
+    from nextvit.equal_latency import Depth, of_equal_latency
+    from nextvit.paper import ABLATION_TABLES, SIZES, TABLES, paper_rows
     from nextvit.progress import track
     from nextvit.reproduce import chosen_setups, counts, measure, read_latencies
-    from nextvit.reproduced import count_rows, latency_rows, summary, write_reproduction
+    from nextvit.reproduced import count_rows, figure1, latency_rows, summary, write_reproduction
 
-    if what not in TABLES:
-        raise UserError(f"there is no {what!r} to reproduce; take one of {', '.join(TABLES)}.")
-    rows = [row for row in paper_rows(what) if not only or any(part.lower() in row.name.lower() for part in only)]
-    if not rows:
-        raise UserError(f"no row of {what} has {' or '.join(map(repr, only or []))} in its name.")
+    if what not in (*TABLES, *ABLATION_TABLES, "figure1"):
+        known = ", ".join(sorted((*TABLES, *ABLATION_TABLES)))
+        raise UserError(f"there is no {what!r} to reproduce; take one of {known}, figure1.")
     setups = chosen_setups(runtimes.split(","), precision.split(","))
     batches = _counts("--batch-size", batch_size)
-    file = output / f"{what}-measured.csv"
-    counted = [counts(row) for row in track(rows, total=len(rows), label="count")]
-    if costs:
-        found = read_latencies(file)
-    else:
-        found = measure(rows, file, setups=setups, batches=batches, threads=threads, rounds=rounds)
-    found = [one for one in found if one.row in {row.key for row in rows}]
-    page = write_reproduction(what, rows, counted, found, output)
-    shown = latency_rows(rows, found) if found else count_rows(rows, counted)
-    _show(summary(rows, counted, found), as_json, [*table(shown), f"the page, with all of it: {page}"])
+    shown: dict[str, object] = {}
+    lines: list[str] = []
+    measured = []
+    for table in TABLES if what == "figure1" else (what,):
+        rows = [row for row in paper_rows(table) if not only or any(part.lower() in row.name.lower() for part in only)]
+        if not rows:
+            continue
+        depths: list[Depth] = []
+        if table in ABLATION_TABLES and not costs:
+            setup = next(setup for setup in setups if setup[0] == setups[-1][0])
+            place = output / f"{table}-depths.csv"
+            rows, depths = of_equal_latency(rows, place, setup, threads=threads, rounds=rounds)
+        file = output / f"measured-{table if table in ABLATION_TABLES else SIZES[table]}.csv"  # 5 and 6 share theirs
+        if not costs:
+            measure(rows, file, setups=setups, batches=batches, threads=threads, rounds=rounds)
+        keys = {row.key for row in rows}
+        found = [one for one in read_latencies(file) if one.row in keys]
+        measured.append((rows, found))
+        counted = [counts(row) for row in track(rows, total=len(rows), label=f"count {table}")]
+        page = write_reproduction(table, rows, counted, found, output, depths)
+        shown[table] = summary(rows, counted, found)
+        lines += as_table(latency_rows(rows, found) if found else count_rows(rows, counted))
+        lines.append(f"the page, with all of it: {page}")
+    if not measured:
+        raise UserError(f"no row of {what} has {' or '.join(map(repr, only or []))} in its name.")
+    if what == "figure1":
+        figure1(measured, output / "figure1.png")
+        lines.append(f"the figure: {output / 'figure1.png'}, as .svg, and to point at, {output / 'figure1.html'}")
+    _show(shown, as_json, lines)
+
+
+@app.command(epilog="Example: nextvit explain runs/first/model.safetensors photo.png --output explained")
+def explain(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A variant, `timm:NAME`, or a weight file.")],
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Images, or folders of them.")],
+    weights: Weights = None,
+    beside: Annotated[
+        list[str] | None, typer.Option(metavar="MODEL", help="Another network, shown beside it; may be repeated.")
+    ] = None,
+    label: Annotated[
+        str | None, typer.Option("--class", metavar="NAME", help="Evidence for this class, not for the own answer.")
+    ] = None,
+    stage: Annotated[int | None, typer.Option(min=1, help="Whose maps are weighed; left out: by the task.")] = None,
+    output: Annotated[Path, typer.Option(help="A folder for the pictures and their page.")] = Path("explained"),
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """What a network looks at: heat maps of its answers, and the frequencies of its maps."""
+    from nextvit.data.images import ImageRejected, printable, read_image
+    from nextvit.data.sources import expand
+    from nextvit.explain import heat, spectra
+    from nextvit.explained import write_explained
+    from nextvit.progress import track
+    from nextvit.runtime.open import open_network
+
+    names = [model, *(beside or [])]
+    networks = [open_network(name, weights if number == 0 else None) for number, name in enumerate(names)]
+    for number, name in enumerate(names):
+        _warn_of_random_weights(name, weights if number == 0 else None)
+    files, heats, read, bad = expand(images), [], [], []
+    for file in track(files, total=len(files), label="explain", unit="images"):
+        try:
+            image = read_image(file)
+        except ImageRejected as error:
+            bad.append(str(error))
+            continue
+        heats.append([heat(network, image, label=label, stage=stage) for network in networks])
+        read.append((file, image))
+    if not read:
+        raise UserError(f"none of {len(files)} images can be read: {bad[0]}")
+    found = [spectra(network, [image for _, image in read]) for network in networks]
+    page = write_explained(names, [str(file) for file, _ in read], heats, found, output)
+    answers = {str(file): [one.answer for one in row] for (file, _), row in zip(read, heats, strict=True)}
+    lines = [f"{printable(file)}: {'; '.join(row)}" for file, row in answers.items()]
+    lines += [f"left out: {why}" for why in bad]
+    _show({"answers": answers, "left_out": bad, "page": str(page)}, as_json, [*lines, f"the page: {page}"])
 
 
 def _benchmark_loading(
@@ -829,9 +894,10 @@ def _not_all(rejected: Sequence[tuple[int, str]], images: int) -> UserError:
 
 
 def _warn_of_random_weights(model: str, weights: str | None) -> None:
-    from nextvit.create import list_models
+    from nextvit.create import is_variant
+    from nextvit.foreign import is_foreign
 
-    if model in list_models() and weights is None:
+    if (is_variant(model) or is_foreign(model)) and weights is None:
         print(f"warning: {model} has random weights here; give a checkpoint, or --weights.", file=sys.stderr)
 
 
