@@ -23,7 +23,7 @@ from nextvit.weights import save_weights
 from tests.conftest import fill, nextvit, nextvit_here
 from tests.detectors import lively
 
-VERBS = ["info", "train", "eval", "predict", "export", "benchmark", "reproduce", "explain"]
+VERBS = ["info", "train", "eval", "predict", "export", "benchmark", "reproduce", "fit", "explain"]
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -27,7 +27,7 @@ from nextvit.foreign import (
 from nextvit.metadata import DENSE, HEADS, Metadata, Preprocess
 from nextvit.networks import Classifier, Dense, Network
 from nextvit.segmenter import Segmenter
-from nextvit.spec import KV_POOLINGS, VARIANTS, KvPooling, Variant
+from nextvit.spec import KV_POOLINGS, VARIANTS, KvPooling, Variant, configured
 from nextvit.weights import (
     BACKBONE,
     FIRST_FILTER,
@@ -60,19 +60,20 @@ def list_models() -> list[str]:
 
 
 def is_variant(name: str) -> bool:
-    """Whether it is the name of a variant, or of one of the paper's ablations."""
-    return name in list_models() or ablation_variant(name) is not None
+    """Whether it is the name of a variant, of a configuration of one, or of one of the paper's ablations."""
+    return name in list_models() or (configured(name) or ablation_variant(name)) is not None
 
 
 def variant_named(name: str) -> Variant:
-    """The row of the variant table, or one of the paper's ablations; an unknown name raises UserError and offers the
-    nearest names.
+    """The row of the variant table, a configuration of one, or one of the paper's ablations.
+
+    An unknown name raises UserError and offers the nearest names.
     """
     for variant in VARIANTS:
         if variant.name == name:
             return variant
-    if (ablation := ablation_variant(name)) is not None:
-        return ablation
+    if (other := configured(name) or ablation_variant(name)) is not None:
+        return other
     near = difflib.get_close_matches(name, list_models(), n=3, cutoff=0.4) or list_models()
     raise UserError(f"there is no model {name!r}; did you mean {' or '.join(near)}?")
 

@@ -3,7 +3,8 @@
 Nothing here knows torch. `backbone.py` turns the plan into modules.
 """
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from nextvit.errors import UserError
@@ -113,6 +114,53 @@ VARIANTS = (  # smallest first; nano and tiny are this project's own, by the pap
     _published("nextvit_base", 4, 0.2, 44_818_856, 8.3),
     _published("nextvit_large", 6, 0.2, 57_874_344, 10.8),
 )
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A Next-ViT of a variant's widths and of other numbers of blocks (paper, 3.4: N and L of stage 3, r)."""
+
+    frame: str  # the variant whose widths it has
+    first: int  # NCBs in stage 1, 2 and 4
+    second: int
+    n: int  # NCBs before each NTB of stage 3
+    groups: int  # L: NTBs of stage 3
+    fourth: int
+    mix: float = 0.75
+
+    @property
+    def name(self) -> str:
+        """As create_model takes it: "nextvit_small@3,3,4x2,2", with r where it is not the usual one."""
+        r = "" if self.mix == 0.75 else f",r{self.mix:g}"
+        return f"{self.frame}@{self.first},{self.second},{self.n}x{self.groups},{self.fourth}{r}"
+
+    @property
+    def variant(self) -> Variant:
+        """Its parameters and operations are counted, not written down."""
+        frame = next(variant for variant in VARIANTS if variant.name == self.frame)
+        counts = (self.first, self.second, self.n, self.fourth)
+        stages = []
+        for number, (stage, count) in enumerate(zip(frame.stages, counts, strict=True)):
+            (kind, width, _), *behind = stage.pattern
+            groups = self.groups if number == 2 else 1
+            stages.append(Stage(((kind, width, count), *behind), groups, stage.reduction))
+        one, two, three, four = stages
+        return replace(frame, name=self.name, stages=(one, two, three, four), params=0, gflops=0.0, mix=self.mix)
+
+
+_CONFIGURED = re.compile(r"(\w+)@(\d{1,2}),(\d{1,2}),(\d{1,2})x(\d{1,2}),(\d{1,2})(?:,r(0\.\d+|0|1))?")
+
+
+def configured(name: str) -> Variant | None:
+    """The network of a configuration's name; None: it is no such name, or has a stage without a block."""
+    found = _CONFIGURED.fullmatch(name)
+    if found is None or found[1] not in {variant.name for variant in VARIANTS}:
+        return None
+    first, second, n, groups, fourth = map(int, found.groups()[1:6])
+    if not min(first, second, n, groups, fourth):
+        return None
+    mix = 0.75 if found[7] is None else float(found[7])
+    return replace(Configuration(found[1], first, second, n, groups, fourth, mix).variant, name=name)
 
 
 def make_divisible(value: float, divisor: int) -> int:
