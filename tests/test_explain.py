@@ -119,6 +119,14 @@ def segmenter():
     return model
 
 
+@pytest.fixture(scope="module")
+def segmenter_file(segmenter, tmp_path_factory):
+    path = tmp_path_factory.mktemp("segmenter") / "m.safetensors"
+    save_weights(path, segmenter.state_dict(), segmenter.metadata)
+    return path
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("left", [True, False])
 def test_evidence_of_a_segmenter_lies_where_the_class_is(left, segmenter):
     found = heat(segmenter, Image.fromarray(scene(left, 7004)[0]), label="1")
@@ -149,11 +157,12 @@ def test_what_cannot_be_asked_is_told(how, told, classifier):
 # ---- attention -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("reduction", [1, 2])
 @pytest.mark.parametrize("pooling", ["sequence", "spatial"])
 @pytest.mark.parametrize("size", [(4, 6), (5, 7)])
-def test_attention_is_what_each_query_gives_to_each_token(pooling, size):
+def test_attention_is_what_each_query_gives_to_each_token(pooling, size, reduction):
     torch.manual_seed(0)
-    module = EMHSA(64, 32, 2, pooling).eval()
+    module = EMHSA(64, 32, reduction, pooling).eval()
     x = torch.randn(1, 64, *size)
     found = received(module, x)[0]
     tokens = x[0].flatten(1).T
@@ -165,7 +174,9 @@ def test_attention_is_what_each_query_gives_to_each_token(pooling, size):
             weights += (k[:, head] @ query / 32**0.5).softmax(0) / (2 * len(q))
     for row in range(size[0]):
         for column in range(size[1]):
-            if pooling == "sequence":
+            if reduction == 1:
+                expected = weights[row * size[1] + column]
+            elif pooling == "sequence":
                 group = (row * size[1] + column) // 4
                 expected = weights[group] if group < len(weights) else torch.tensor(0.0)
             else:
@@ -257,7 +268,9 @@ def test_every_network_is_looked_at_and_left_as_it_was(name, task):
     sides = [m.shape[2] for m in seen]
     assert sides == sorted(sides, reverse=True)
     image = Image.fromarray(scene(True, 0)[0])
-    assert heat(network, image).evidence.shape == (side, side)
+    found = heat(network, image).evidence
+    assert found.shape == (side, side)
+    assert found.max() == pytest.approx(1)
     assert len(spectra(network, [image])) >= 3
 
 
@@ -293,11 +306,32 @@ def test_the_verb_leaves_pictures_and_a_page(classifier, tmp_path):
     assert float(rows[0]["relative_log_amplitude"]) == 0
 
 
+@pytest.mark.slow
+def test_an_image_without_the_class_is_left_out_and_the_rest_goes_on(segmenter_file, tmp_path):
+    for number, left in enumerate((True, None)):
+        Image.fromarray(scene(left, 40 + number)[0]).save(tmp_path / f"{number}.png")
+    asked = (
+        "explain",
+        segmenter_file,
+        tmp_path / "0.png",
+        tmp_path / "1.png",
+        "--class",
+        "1",
+        "--output",
+        tmp_path / "out",
+    )
+    done = nextvit_here(*asked, "--json")
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout)
+    assert list(shown["answers"]) == [str(tmp_path / "0.png")]
+    assert "no pixel is class 1 to the model" in shown["left_out"][0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (["nextvit_nano", "absent.png"], "absent.png"),
-        (["nextvit_nano", "bad.png"], "none of 1 images can be read"),
+        (["nextvit_nano", "bad.png"], "none of 1 images can be explained"),
         (["nextvit_nano", "good.png", "--class", "cow"], "knows no class 'cow'"),
         (["model.onnx", "good.png"], "is an exported file; this needs a variant's name or a weight file"),
     ],

@@ -45,6 +45,17 @@ def test_another_count_of_classes_has_a_new_last_layer_and_the_same_body(tmp_pat
     torch.testing.assert_close(ours.body.layer4.state_dict(), theirs.layer4.state_dict())
 
 
+@pytest.mark.parametrize("name", ["cvt_13", "trt_vit_c", "cmt_tiny", "uniformer_small", "cswin_tiny"])
+def test_a_peers_file_of_other_classes_gives_its_body(name, tmp_path):
+    theirs = create_model(f"peer:{name}", num_classes=7)
+    save_weights(tmp_path / "a.safetensors", theirs.state_dict(), theirs.metadata)
+    assert create_model(f"peer:{name}", weights=tmp_path / "a.safetensors").metadata.num_classes == 7
+    with pytest.warns(UserWarning, match="the last layer is new"):
+        ours = create_model(f"peer:{name}", weights=tmp_path / "a.safetensors", num_classes=3)
+    same = [key for key, value in theirs.state_dict().items() if torch.equal(value, ours.state_dict()[key])]
+    assert len(theirs.state_dict()) - len(same) == 2
+
+
 def test_windows_follow_the_size_that_is_asked_for():
     torch.manual_seed(0)
     model = fill(create_model("timm:swin_tiny_patch4_window7_224", num_classes=4))
@@ -61,11 +72,11 @@ def test_a_table_of_positions_that_cannot_follow_is_told():
         of_size(create_model("timm:deit_tiny_patch16_224"), 256)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "suffix"),
-    [("resnet18", ".onnx"), *(pytest.param("swin_tiny_patch4_window7_224", s, marks=pytest.mark.slow)
-                               for s in (".onnx", ".xml", ".pt2"))],
-)  # fmt: skip
+    [("resnet18", ".onnx"), *(("swin_tiny_patch4_window7_224", suffix) for suffix in (".onnx", ".xml", ".pt2"))],
+)
 def test_a_file_of_it_answers_as_it_does_and_says_what_is_fixed(name, suffix, tmp_path):
     model = fill(create_model(f"timm:{name}", num_classes=5))
     report = export(model, tmp_path / f"m{suffix}", dynamic=True)

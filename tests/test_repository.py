@@ -39,7 +39,7 @@ ROOMS = [  # the order of docs/architecture.md: a module imports what stands bef
     ["benchmark"],
     ["candidates", "loading", "paper"],
     ["reproduce"],
-    ["equal_latency"],
+    ["equal_latency", "fit"],
     ["describe", "results", "plots", "explain"],
     ["report"],
     ["reproduced", "explained"],

@@ -9,11 +9,14 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from nextvit import reproduce
 from nextvit.create import create_model
+from nextvit.data.images import preprocess
 from nextvit.errors import UserError
+from nextvit.exporters.parity import real_images
 from nextvit.files import write_rows
 from nextvit.foreign import preprocess_of
 from nextvit.paper import ACCURACY, CLAIMS, EXPLAINED, TABLES, Claim, PaperRow, paper_rows
@@ -30,7 +33,7 @@ from nextvit.reproduce import (
     read_latencies,
 )
 from nextvit.reproduced import correlation_rows, count_rows, latency_rows
-from tests.conftest import nextvit_here
+from tests.conftest import REPOSITORY, nextvit_here
 
 ROWS = {table: paper_rows(table) for table in TABLES}
 TINY = (  # of no paper: small enough to measure within a test
@@ -45,8 +48,8 @@ SETUP = [("torch", "fp32")]  # others need minutes of export; the pages' command
 
 def latency(row: str, ratio: float | None, width: float = 0.01) -> Latency:
     if ratio is None:
-        return Latency(row, "onnx", "fp32", 1, why="it could not be")
-    return Latency(row, "onnx", "fp32", 1, 1, ratio * 10, ratio, ratio - width, ratio + width)
+        return Latency(row, "onnx", "fp32", 1, "a machine", 1, why="it could not be")
+    return Latency(row, "onnx", "fp32", 1, "a machine", 1, ratio * 10, ratio, ratio - width, ratio + width)
 
 
 # ---- what is printed -------------------------------------------------------------------------------------------------
@@ -106,6 +109,9 @@ def test_claims_hold_in_the_papers_own_figures(claim):
 def test_every_cost_is_the_printed_one_or_its_difference_is_explained(table):
     counted = [counts(row) for row in ROWS[table]]
     lines = count_rows(ROWS[table], counted)
+    with open(REPOSITORY / "docs" / "results" / f"{table}-costs.csv", newline="") as handle:
+        committed = list(csv.DictReader(handle))
+    assert committed == [{key: str(value) for key, value in line.items()} for line in lines]
     unexplained = [(line["network"], line["cost"]) for line in lines if line["flag"] and not line["why"]]
     assert unexplained == []
     flagged = {
@@ -180,6 +186,40 @@ def test_what_is_measured_is_read_again_and_not_measured_again(measured, monkeyp
     assert file.read_bytes() == before
 
 
+def test_what_could_not_be_measured_is_tried_again(measured, tmp_path, monkeypatch):
+    copied = tmp_path / "measured.csv"
+    copied.write_bytes(measured[0].read_bytes())
+    rows = [TINY[0], replace(TINY[1], network="nextvit_nano")]
+    monkeypatch.setattr(reproduce, "ANCHOR", "nextvit_nano")
+    found = measure(rows, copied, setups=SETUP, batches=(1,), threads=1, rounds=8)
+    (again,) = [one for one in found if one.row == "None 64"]
+    assert again.ratio is not None
+    assert len(found) == len(measured[1])
+
+
+def test_norms_have_the_statistics_of_real_images():
+    model = create_model("nextvit_nano", num_classes=3)
+    reproduce._calibrate(model, 64)
+    seen = []
+    norm = model.stages[2].blocks[0].norm
+    norm.register_forward_hook(lambda module, inputs, output: seen.append(output.std()))
+    p = model.metadata.with_image_size(64).preprocess
+    with torch.no_grad():
+        model(torch.from_numpy(np.stack([preprocess(image, p) for image in real_images()[:8]])))
+    assert not model.training
+    assert norm.momentum == 0.1
+    assert float(seen[0]) == pytest.approx(1, abs=0.1)
+
+
+def test_what_another_machine_measured_is_not_mixed_with_this_ones(measured, monkeypatch):
+    file, _ = measured
+    with pytest.raises(UserError, match="with 1 threads, and not on .*, with 2; name another --output"):
+        measure(TINY, file, setups=SETUP, batches=(1,), threads=2)
+    monkeypatch.setattr(reproduce, "machine", lambda: "another machine")
+    with pytest.raises(UserError, match="and not on another machine, with 1"):
+        measure(TINY, file, setups=SETUP, batches=(1,), threads=1)
+
+
 def test_a_file_of_something_else_is_refused(tmp_path):
     (tmp_path / "a.csv").write_text("x,y\n1,2\n")
     with pytest.raises(UserError, match="was not written by `nextvit reproduce`"):
@@ -217,6 +257,26 @@ def test_ranks_and_not_sizes_make_the_correlation():
     assert rank_correlation([1, 2, 3, 4], [10, 200, 201, 9000]) == pytest.approx(1)
     assert rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
     assert rank_correlation([1, 2, 3], [1, 3, 2]) == pytest.approx(0.5)
+
+
+def test_a_reconstruction_is_no_evidence():
+    rows = [
+        row for row in ROWS["table4"] if row.name in ("Next-ViT-L", "TRT-ViT-D", "ConvNeXt-B") and row.image_size == 224
+    ]
+    found = [latency(row.key, 1.0 if row.name == "Next-ViT-L" else 0.5) for row in rows]
+    assert {one.claim.slower for one in held(CLAIMS, rows, found)} == {"ConvNeXt-B 224"}
+    lines = {line["network"]: line for line in latency_rows(rows, found)}
+    assert lines["ConvNeXt-B"]["onnx fp32"].endswith("*")
+    (reconstructed,) = [line for name, line in lines.items() if name.startswith("TRT-ViT-D")]
+    assert not reconstructed["onnx fp32"].endswith("*")
+
+
+@pytest.mark.parametrize(("ratio", "verdict"), [(1.05, "holds"), (0.93, "holds"), (1.3, "not here"), (0.7, "not here")])
+def test_latencies_that_are_called_similar_are_within_a_tenth(ratio, verdict):
+    (claim,) = [claim for claim in CLAIMS if claim.similar]
+    rows = [row for row in ROWS["table4"] if row.key in (claim.faster, claim.slower)]
+    (one,) = held([claim], rows, [latency(claim.faster, 1.0), latency(claim.slower, ratio)])
+    assert one.verdict == verdict
 
 
 @pytest.mark.parametrize(
@@ -306,6 +366,18 @@ def test_figure_1_has_three_tasks_and_printed_beside_measured(figure):
         assert f"<!-- {told} -->" in svg
     assert (figure / "figure1.png").stat().st_size > 20_000
     assert {f"table{n}.html" for n in (4, 5, 6)} <= {path.name for path in figure.iterdir()}
+
+
+def test_the_folder_tells_in_markdown_what_it_has(figure):
+    text = (figure / "README.md").read_text()
+    assert "a machine; 1 threads." in text
+    assert text.index("figure1.png") < text.index("## Table 4") < text.index("## Table 6")
+    assert "| TRT-ViT-C (a reconstruction, fitted to the printed totals) | 224 |" in text
+    assert "| Next-ViT-S | 512 | nextvit_small | fpn_params_m |" not in text  # pixels are Table 4's alone
+    for link in re.findall(r"\]\((.*?)\)", text):
+        assert (figure / link).exists()
+    for block in re.findall(r"(?:^\|.*\|\n)+", text, flags=re.M):
+        assert len({line.count(" | ") for line in block.splitlines()[2:]}) == 1
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="a browser is needed")

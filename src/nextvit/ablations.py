@@ -18,6 +18,7 @@ NCB_WIDTHS = (96, 192, 384, 768)
 NTB_WIDTHS = (128, 256, 512, 1024)  # of stage 1: the least that leaves MHCA a head
 REDUCTIONS = (8, 4, 2, 1)
 BLOCKS = (3, 3, 4, 2)  # N of the stages of S
+MOST_BLOCKS = 80  # in stage 3
 Line = tuple[str, int, int]  # block, width, how many
 
 
@@ -47,7 +48,7 @@ class Ablation:
 
     def can_have(self, third: int, more: int) -> bool:
         """Whether there is a network of these depths: each stage keeps a block."""
-        return self.reference is not None and third >= 1 and more > -BLOCKS[1]
+        return self.reference is not None and 1 <= third <= MOST_BLOCKS and more > -BLOCKS[1]
 
 
 def _variant(name: str, stages: Any, **changes: Any) -> Variant:

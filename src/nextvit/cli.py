@@ -681,7 +681,7 @@ def benchmark(
 
 @app.command(epilog="Example: nextvit reproduce table4 --only Next-ViT --only ResNet101 --runtimes openvino")
 def reproduce(
-    what: Annotated[str, typer.Argument(metavar="WHAT", help="table1, 2, 4 to 9; or figure1, of 4, 5 and 6.")],
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="table1, 2, 4 to 9; figure1, of 4, 5 and 6; or all.")],
     only: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="Rows whose name has this in it alone; may be repeated."),
@@ -706,17 +706,17 @@ def reproduce(
     from nextvit.paper import ABLATION_TABLES, SIZES, TABLES, paper_rows
     from nextvit.progress import track
     from nextvit.reproduce import chosen_setups, counts, measure, read_latencies
-    from nextvit.reproduced import count_rows, figure1, latency_rows, summary, write_reproduction
+    from nextvit.reproduced import count_rows, figure1, latency_rows, summary, write_readme, write_reproduction
 
-    if what not in (*TABLES, *ABLATION_TABLES, "figure1"):
-        known = ", ".join(sorted((*TABLES, *ABLATION_TABLES)))
-        raise UserError(f"there is no {what!r} to reproduce; take one of {known}, figure1.")
+    known = sorted((*TABLES, *ABLATION_TABLES))
+    if what not in (*known, "figure1", "all"):
+        raise UserError(f"there is no {what!r} to reproduce; take one of {', '.join(known)}, figure1, all.")
     setups = chosen_setups(runtimes.split(","), precision.split(","))
     batches = _counts("--batch-size", batch_size)
     shown: dict[str, object] = {}
     lines: list[str] = []
     measured = []
-    for table in TABLES if what == "figure1" else (what,):
+    for table in {"figure1": TABLES, "all": known}.get(what, (what,)):
         rows = [row for row in paper_rows(table) if not only or any(part.lower() in row.name.lower() for part in only)]
         if not rows:
             continue
@@ -730,18 +730,63 @@ def reproduce(
             measure(rows, file, setups=setups, batches=batches, threads=threads, rounds=rounds)
         keys = {row.key for row in rows}
         found = [one for one in read_latencies(file) if one.row in keys]
-        measured.append((rows, found))
+        if table in TABLES:
+            measured.append((rows, found))
         counted = [counts(row) for row in track(rows, total=len(rows), label=f"count {table}")]
         page = write_reproduction(table, rows, counted, found, output, depths)
         shown[table] = summary(rows, counted, found)
         lines += as_table(latency_rows(rows, found) if found else count_rows(rows, counted))
         lines.append(f"the page, with all of it: {page}")
-    if not measured:
+    if not shown:
         raise UserError(f"no row of {what} has {' or '.join(map(repr, only or []))} in its name.")
-    if what == "figure1":
+    if what in ("figure1", "all") and measured:
         figure1(measured, output / "figure1.png")
         lines.append(f"the figure: {output / 'figure1.png'}, as .svg, and to point at, {output / 'figure1.html'}")
+    write_readme(output)
     _show(shown, as_json, lines)
+
+
+@app.command(epilog="Example: nextvit fit --device-runtime openvino --precision fp32 --budget 10ms")
+def fit(
+    budget: Annotated[str, typer.Option(metavar="TIME", help="Milliseconds for one image, as in 10ms.")],
+    device_runtime: Annotated[str, typer.Option(help="torch, onnx or openvino.")] = "openvino",
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or int8, where the runtime has it.")] = "fp32",
+    sizes: Annotated[str | None, typer.Option(help="Pixels a side to choose from, as in 160,224.")] = None,
+    frames: Annotated[str | None, typer.Option(help="Variants whose widths to choose from, with commas.")] = None,
+    mix: Annotated[float, typer.Option(help="r, the share of E-MHSA in an NTB.")] = 0.75,
+    rounds: Annotated[int, typer.Option(min=8, help="Interleaved rounds of each measurement.")] = 12,
+    threads: Threads = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """The network with the most promise within a budget of latency, from what blocks cost on this device."""
+    from dataclasses import asdict
+
+    from nextvit.describe import table
+    from nextvit.devices import cpu_count
+    from nextvit.fit import FRAMES, SIZES, budget_of, build, device_of, fit, fitted_row
+    from nextvit.reproduce import chosen_setups
+
+    wanted = budget_of(budget)
+    ((runtime, kind),) = chosen_setups([device_runtime], [precision])
+    chosen = tuple(frames.split(",")) if frames else FRAMES
+    if unknown := [name for name in chosen if name not in FRAMES]:
+        raise UserError(f"there are no widths of {unknown[0]!r}; take of {', '.join(FRAMES)}.")
+    places = tuple(_counts("--sizes", sizes, least=64)) if sizes else SIZES
+    device = device_of(runtime, kind, threads or cpu_count())
+    found = fit(wanted, device, frames=chosen, sizes=places, mix=mix, rounds=rounds)
+    fitted = [build(candidate, device, rounds) for candidate in found]
+    kept = next((one for one in fitted if one.measured_ms <= wanted), None)
+    lines = table([fitted_row(one) for one in fitted])
+    if kept is None:
+        lines.append(
+            f"none keeps {wanted:g} ms when it is measured; allow more, or ask again for less: {wanted * 0.95:.3g}ms"
+        )
+    else:
+        c = kept.candidate
+        lines.append(f"next: nextvit train FOLDER --model {c.configuration.name} --image-size {c.image_size}")
+    shown = {"candidates": [fitted_row(one) for one in fitted], "device": asdict(device)}
+    _show({**shown, "chosen": None if kept is None else fitted_row(kept)}, as_json, lines)
 
 
 @app.command(epilog="Example: nextvit explain runs/first/model.safetensors photo.png --output explained")
@@ -763,7 +808,7 @@ def explain(
     """What a network looks at: heat maps of its answers, and the frequencies of its maps."""
     from nextvit.data.images import ImageRejected, printable, read_image
     from nextvit.data.sources import expand
-    from nextvit.explain import heat, spectra
+    from nextvit.explain import NotFound, heat, spectra
     from nextvit.explained import write_explained
     from nextvit.progress import track
     from nextvit.runtime.open import open_network
@@ -776,13 +821,16 @@ def explain(
     for file in track(files, total=len(files), label="explain", unit="images"):
         try:
             image = read_image(file)
+            row = [heat(network, image, label=label, stage=stage) for network in networks]
         except ImageRejected as error:
             bad.append(str(error))
-            continue
-        heats.append([heat(network, image, label=label, stage=stage) for network in networks])
-        read.append((file, image))
+        except NotFound as error:
+            bad.append(f"{printable(file)}: {error}")
+        else:
+            heats.append(row)
+            read.append((file, image))
     if not read:
-        raise UserError(f"none of {len(files)} images can be read: {bad[0]}")
+        raise UserError(f"none of {len(files)} images can be explained: {bad[0]}")
     found = [spectra(network, [image for _, image in read]) for network in networks]
     page = write_explained(names, [str(file) for file, _ in read], heats, found, output)
     answers = {str(file): [one.answer for one in row] for (file, _), row in zip(read, heats, strict=True)}

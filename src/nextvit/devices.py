@@ -1,7 +1,10 @@
 """Devices, threads and precisions: asked of the machine, never assumed."""
 
+import contextlib
 import os
+import platform
 import shutil
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -69,3 +72,12 @@ def insist_on_compiler() -> None:
 def cpu_count() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processor_name() -> str:
+    """What the system calls its processor, and how many of its cores there are here."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()}, {cpu_count()} cores"
+    return f"{platform.processor() or platform.machine()}, {cpu_count()} cores"

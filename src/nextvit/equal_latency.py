@@ -10,15 +10,16 @@ from pathlib import Path
 from nextvit.ablations import ABLATIONS, Ablation
 from nextvit.benchmark import benchmark
 from nextvit.create import create_model
+from nextvit.devices import cpu_count
 from nextvit.errors import UserError
 from nextvit.files import write_rows
+from nextvit.foreign import FAULTS
 from nextvit.paper import SIZES, PaperRow, ablation_row
 from nextvit.progress import say
-from nextvit.reproduce import ROUNDS, Sessions
+from nextvit.reproduce import ROUNDS, Sessions, insist_on_machine, machine
 from nextvit.runtime.session import Session
 
 TOLERANCE = 0.03  # of the reference's latency
-MOST_BLOCKS = 80
 A_BLOCK = 0.04  # of the latency, what one is taken for before two depths were measured
 MOST_MORE = 2  # blocks, by which stage 2 is made deeper or shallower
 MOST_TRIES = 14  # networks that are measured
@@ -61,7 +62,7 @@ def equal_latency(ratio_of: Callable[[int, int], float], can_have: Callable[[int
     ask((third, 0))
     while not done():
         at, slope = nearest()[0], _slope({n: ratio for (n, more), ratio in known.items() if not more})
-        wanted = min(MOST_BLOCKS, max(1, at + round((1 - known[at, 0]) / slope)))
+        wanted = max(1, at + round((1 - known[at, 0]) / slope))
         if wanted == at:  # the nearest whole number is still too far: is its neighbour nearer?
             wanted = at + (1 if known[at, 0] < 1 else -1)
         if (wanted, 0) in known or not can_have(wanted, 0):
@@ -104,10 +105,16 @@ class Depth:
     reference: str
     runtime: str
     precision: str
+    machine: str
+    threads: int
     third: int
     more: int
     ratio: float  # latency / the reference's, batch 1
     tried: int
+
+    @property
+    def ok(self) -> bool:
+        return abs(self.ratio - 1) <= TOLERANCE
 
 
 def of_equal_latency(
@@ -124,7 +131,9 @@ def of_equal_latency(
     """
     runtime, precision = setup
     ablations = [a for a in ABLATIONS if a.variant.name in {row.network for row in rows}]
+    threads = threads or cpu_count()
     done = read_depths(file)
+    insist_on_machine(file, [(one.machine, one.threads) for one in done], threads)
     with tempfile.TemporaryDirectory() as place:
         references: dict[str, Sessions] = {}
         for ablation in ablations:
@@ -135,15 +144,20 @@ def of_equal_latency(
                 references[name] = Sessions(create_model(name), size, Path(place, name), threads)
             reference = references[name](runtime, precision)
             opened = partial(_opened, ablation, Path(place, "row"), runtime, precision, threads)
-            found = equal_latency(partial(_ratio, opened, reference, rounds), ablation.can_have, ablation.depths[0])
+            try:
+                found = equal_latency(partial(_ratio, opened, reference, rounds), ablation.can_have, ablation.depths[0])
+            except FAULTS as error:  # a runtime that cannot have it: the rest goes on
+                say(f"{base} keeps its usual depth: {str(error).strip().splitlines()[0]}")
+                continue
             network = ablation.at(found.third, found.more).name
             if not found.ok:
                 say(f"{network}: {found.ratio:.3f} of {name}'s latency is the nearest that was found")
             ratio = round(found.ratio, 4)
-            done.append(Depth(network, name, runtime, precision, found.third, found.more, ratio, found.tried))
+            told = found.third, found.more, ratio, found.tried
+            done.append(Depth(network, name, runtime, precision, machine(), threads, *told))
             write_rows(file, [asdict(one) for one in done])
     known = _by_name(done, setup)
-    depths = [known[a.variant.name] for a in ablations if a.reference is not None]
+    depths = [known[a.variant.name] for a in ablations if a.variant.name in known]
     chosen = {d.network.partition("@")[0]: (d.third, d.more) for d in depths}
     return [ablation_row(a, chosen.get(a.variant.name, a.depths)) for a in ablations], depths
 
@@ -153,7 +167,7 @@ def _by_name(depths: Sequence[Depth], setup: tuple[str, str]) -> dict[str, Depth
 
 
 def _opened(
-    ablation: Ablation, stem: Path, runtime: str, precision: str, threads: int | None, third: int, more: int
+    ablation: Ablation, stem: Path, runtime: str, precision: str, threads: int, third: int, more: int
 ) -> tuple[str, Session]:
     network = ablation.at(third, more).name
     return network, Sessions(create_model(network), SIZES[ablation.table], stem, threads)(runtime, precision)
@@ -182,6 +196,8 @@ def read_depths(file: Path) -> list[Depth]:
             reference=record["reference"],
             runtime=record["runtime"],
             precision=record["precision"],
+            machine=record["machine"],
+            threads=int(record["threads"]),
             third=int(record["third"]),
             more=int(record["more"]),
             ratio=float(record["ratio"]),

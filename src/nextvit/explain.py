@@ -25,6 +25,10 @@ LEAST = -16.0  # logarithm of a share of the mean: below it is what float32 roun
 PLACES = 9  # that a map needs for a heat map to say where
 
 
+class NotFound(UserError):
+    """The model does not give the answer that is to be explained."""
+
+
 @dataclass(frozen=True)
 class Point:
     """A place in a network where maps can be looked at."""
@@ -158,13 +162,13 @@ def spectra(network: Network, images: Sequence[Image.Image]) -> list[Spectrum]:
     """Of each place of a network, the mean over images."""
     points = points_of(network)
     grid = np.linspace(0, 1, GRID)
-    sums = {point.name: np.zeros(GRID) for point in points}
+    seen: dict[str, list[np.ndarray]] = {point.name: [] for point in points}
     network.eval()
 
     def look(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
             if min(output.shape[2:]) > 1:
-                sums[name] += np.interp(grid, *log_amplitude(output)) / len(images)
+                seen[name].append(np.interp(grid, *log_amplitude(output)))
 
         return hook
 
@@ -174,7 +178,7 @@ def spectra(network: Network, images: Sequence[Image.Image]) -> list[Spectrum]:
         asked = as_asked(network)
         for image in images:
             asked(torch.from_numpy(_input(image, network.metadata)))
-    return [Spectrum(name, grid, values) for name, values in sums.items() if values.any()]
+    return [Spectrum(name, grid, np.mean(values, axis=0)) for name, values in seen.items() if values]
 
 
 # ---- evidence --------------------------------------------------------------------------------------------------------
@@ -189,7 +193,7 @@ def heat(network: Network, image: Image.Image, *, label: str | None = None, stag
     label: the class that evidence is shown for; None: the network's own answer, of a segmenter the class of most
     pixels, of a detector its surest object. stage: whose maps are weighed, from 1; None: the last one of a classifier,
     the third of dense networks, or an earlier one where the image is small and these have few places. UserError for a
-    class that the model does not know, or that it does not find.
+    class that the model does not know; NotFound, one of these, for one that it does not find on the image.
     """
     m = network.metadata
     number = _class_of(m, label)
@@ -211,6 +215,9 @@ def heat(network: Network, image: Image.Image, *, label: str | None = None, stag
 def _usual_stage(network: Network, x: Tensor, stages: Sequence[Point]) -> int:
     """The last stage of a classifier, the third of dense networks; the last before it with PLACES, if it has not."""
     last = len(stages) if network.metadata.task == "classify" else min(3, len(stages))
+    body: Any = getattr(backbone_of(network), "body", None)
+    if getattr(body, "num_prefix_tokens", 0) and getattr(body, "global_pool", "") == "token":
+        last -= 1  # behind the last block only the class token is read
     places: list[int] = []
     with tapped(network, stages[:last]) as taps, torch.no_grad():
         for tap in taps:
@@ -278,7 +285,7 @@ def _objective(network: Network, x: Tensor, number: int | None) -> tuple[Callabl
         chosen = int(there.flatten().bincount().argmax()) if number is None else number
         mask = there == chosen
         if not mask.any():
-            raise UserError(f"no pixel is {_label(m, chosen)} to the model; name another class.")
+            raise NotFound(f"no pixel is {_label(m, chosen)} to the model")
         share = float(mask.double().mean())
         return lambda images: asked(images)[:, chosen][:, mask].mean(
             1
@@ -286,7 +293,7 @@ def _objective(network: Network, x: Tensor, number: int | None) -> tuple[Callabl
     labels = first[0]["labels"]
     own = range(len(labels)) if number is None else (labels == number).nonzero()[:, 0].tolist()
     if not len(own):
-        raise UserError("the model finds no such object on the image; name another class, or take another image.")
+        raise NotFound(f"the model finds no {'object' if number is None else _label(m, number)} on it")
     index = own[0]  # by falling score
     sure = float(first[0]["scores"][index])
     return lambda images: asked(images)[0]["scores"][index : index + 1], f"{_label(m, int(labels[index]))} {sure:.0%}"

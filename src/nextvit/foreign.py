@@ -113,7 +113,7 @@ def note_of(name: str) -> str:
 def ends_of(name: str) -> tuple[str, tuple[str, ...]]:
     """Of a classifier's tensors, the first filter, and the layers that give its classes."""
     if name.startswith(PEER):
-        return "", (f"{BODY}head",)
+        return "", (BODY + _peer(name, 3).last,)
     record = _timm_record(name.removeprefix(TIMM))
     first, last = record["first_conv"], record["classifier"]
     first = first if isinstance(first, str) else first[0]
@@ -170,7 +170,9 @@ def _timm_maps(name: str, in_channels: int) -> tuple[nn.Module, tuple[int, ...]]
         with torch.no_grad():
             body(torch.zeros(1, in_channels, *PROBE))
     except FAULTS as error:
-        raise UserError(f"{name} gives no maps at strides 4, 8, 16, 32 of images of any size: {error}.") from error
+        raise UserError(
+            f"{name} gives no maps at strides 4, 8, 16, 32 of images of any size: {str(error).rstrip('.')}."
+        ) from error
     return body, tuple(body.feature_info.channels())
 
 

@@ -13,18 +13,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from nextvit.benchmark import Row, benchmark
 from nextvit.cost import cost
 from nextvit.create import create_model
 from nextvit.data.images import preprocess
-from nextvit.devices import fast_precisions, pick_device
+from nextvit.devices import cpu_count, fast_precisions, pick_device, processor_name
 from nextvit.errors import NotHere, UserError
 from nextvit.exporters.export import export
 from nextvit.exporters.parity import real_images
-from nextvit.extras import need
+from nextvit.extras import need, version
 from nextvit.files import write_rows
-from nextvit.foreign import is_foreign
+from nextvit.foreign import FAULTS, is_foreign, note_of
 from nextvit.formats import format_named
 from nextvit.networks import Network, of_size
 from nextvit.paper import ANCHOR, SIZES, Claim, PaperRow
@@ -41,6 +42,7 @@ SETUPS = (  # runtime and precision, in the order in which they are measured
     ("openvino", "int8"),
 )
 ROUNDS = 12  # of 8, the fewest that there can be, an interval of 99 % is all that was measured
+SIMILAR = 1.1  # times, that latencies called similar may be apart
 NEAR = 0.02  # of a printed cost: what differs by more is flagged
 DENSE = {  # of each table: column, task, head, what is counted, and the height and width that operations are counted at
     "table5": (("fpn", "segment", "fpn", 512, 2048), ("upernet", "segment", "upernet", 512, 2048)),
@@ -105,7 +107,7 @@ def counts(row: PaperRow) -> list[Count]:
                 if task == "classify":
                     network = of_size(network, row.image_size)
                 counted = cost(network, height, width)
-        except (UserError, RuntimeError) as error:
+        except FAULTS as error:
             why = str(error).strip().splitlines()[0]
             found += [Count(column, row.printed.get(column), None, why) for column in columns]
             continue
@@ -128,7 +130,8 @@ class Latency:
     runtime: str
     precision: str
     batch: int
-    threads: int | None = None
+    machine: str
+    threads: int
     ms: float | None = None  # for the batch, median of the rounds
     ratio: float | None = None  # to the anchor's for the same batch
     ratio_low: float | None = None
@@ -156,29 +159,52 @@ def measure(
     threads: int | None = None,
     rounds: int = ROUNDS,
 ) -> list[Latency]:
-    """Measure rows of a table, keeping each in the CSV `file` when it is known: what is there is not done again."""
+    """Measure rows of a table, keeping each in the CSV `file` when it is known.
+
+    What is there is not done again, but for what could not be measured. Raises UserError where the file is of another
+    machine, of other libraries or of another number of threads.
+    """
+    threads = threads or cpu_count()
     done = read_latencies(file)
+    insist_on_machine(file, [(one.machine, one.threads) for one in done], threads)
     anchor_size = SIZES[rows[0].table]
     with tempfile.TemporaryDirectory() as place:
         anchors = Sessions(of_size(create_model(ANCHOR), anchor_size), anchor_size, Path(place, "anchor"), threads)
         for number, row in enumerate(rows, 1):
             wanted = [(r, p, b) for r, p in setups for b in batches]
-            there = {found.setup for found in done if found.row == row.key}
+            there = {found.setup for found in done if found.row == row.key and found.ratio is not None}
             left = [setup for setup in wanted if setup not in there]
             if not left:
                 continue
             say(f"{number} of {len(rows)}: {row.name}, {row.image_size} pixels")
             for found in _measured(row, left, anchors, Path(place, "row"), threads, rounds):
-                done.append(found)
+                known = {(one.row, one.setup): one for one in done} | {(found.row, found.setup): found}
+                done = list(known.values())
                 write_rows(file, [asdict(one) for one in done])
             gc.collect()
     return done
 
 
+def machine() -> str:
+    """Processor and libraries, as far as latencies depend on them."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "onnxruntime", "openvino", "timm"))
+    return f"{processor_name()}; {versions}"
+
+
+def insist_on_machine(file: Path, there: Sequence[tuple[str, int]], threads: int) -> None:
+    """That what is measured now can stand beside what a file has."""
+    for name, count in there:
+        if (name, count) != (machine(), threads):
+            raise UserError(
+                f"{file} was measured on {name}, with {count} threads, and not on {machine()}, with {threads}; name "
+                "another --output."
+            )
+
+
 class Sessions:
     """A network on the runtimes, each exported and opened when it is first asked for; files begin with `stem`."""
 
-    def __init__(self, network: Network, image_size: int, stem: Path, threads: int | None):
+    def __init__(self, network: Network, image_size: int, stem: Path, threads: int):
         self.network, self.image_size, self.stem, self.threads = network, image_size, stem, threads
         self.open: dict[tuple[str, str], Session] = {}
         for old in stem.parent.glob(f"{stem.name}-*"):  # files of another network
@@ -211,30 +237,30 @@ def _measured(
     setups: Sequence[tuple[str, str, int]],
     anchors: Sessions,
     stem: Path,
-    threads: int | None,
+    threads: int,
     rounds: int,
 ) -> Iterator[Latency]:
     try:
         network = of_size(create_model(row.network, task="classify"), row.image_size)
         own = Sessions(network, row.image_size, stem, threads)
-    except (UserError, RuntimeError) as error:
+    except FAULTS as error:
         for setup in setups:
-            yield Latency(row.key, *setup, why=_first_line(error))
+            yield Latency(row.key, *setup, machine(), threads, why=_first_line(error))
         return
     for runtime, precision, batch in setups:
         try:
             pair = [("anchor", anchors(runtime, precision)), (row.key, own(runtime, precision))]
             found = benchmark(pair, batches=[batch], rounds=rounds)[1]
-            yield _latency(row, runtime, precision, batch, found)
+            yield _latency(row, runtime, precision, batch, threads, found)
         except Exception as error:  # a network that one runtime cannot have: the rest goes on
             say(f"{row.name}, {runtime}, {precision}: {_first_line(error)}")
-            yield Latency(row.key, runtime, precision, batch, why=_first_line(error))
+            yield Latency(row.key, runtime, precision, batch, machine(), threads, why=_first_line(error))
 
 
-def _latency(row: PaperRow, runtime: str, precision: str, batch: int, found: Row) -> Latency:
+def _latency(row: PaperRow, runtime: str, precision: str, batch: int, threads: int, found: Row) -> Latency:
     ratio, low, high = (round(value, 4) for value in (found.ratio, found.ratio_low, found.ratio_high))
     ms = round(found.median_ms, 3)
-    return Latency(row.key, runtime, precision, batch, found.setup.threads, ms, ratio, low, high)
+    return Latency(row.key, runtime, precision, batch, machine(), threads, ms, ratio, low, high)
 
 
 def _first_line(error: Exception) -> str:
@@ -244,14 +270,20 @@ def _first_line(error: Exception) -> str:
 
 
 def _calibrate(network: Network, image_size: int) -> None:
-    """Give BatchNorm the statistics of real images: with those of fresh weights values vanish or overflow."""
+    """Give every BatchNorm the statistics of real images: with those of fresh weights values vanish or overflow."""
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean of all batches, and not of the first values too
     p = network.metadata.with_image_size(image_size).preprocess
     images = np.stack([preprocess(image, p) for image in real_images()[:8]])
     network.train()
     with torch.no_grad():
-        for _ in range(2):
-            network(torch.from_numpy(images))
+        network(torch.from_numpy(images))
     network.eval()
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
 
 
 def read_latencies(file: Path) -> list[Latency]:
@@ -269,7 +301,8 @@ def read_latencies(file: Path) -> list[Latency]:
                     runtime=record["runtime"],
                     precision=record["precision"],
                     batch=int(record["batch"]),
-                    threads=int(record["threads"]) if record["threads"] else None,
+                    machine=record["machine"],
+                    threads=int(record["threads"]),
                     ms=_number(record["ms"]),
                     ratio=_number(record["ratio"]),
                     ratio_low=_number(record["ratio_low"]),
@@ -301,6 +334,8 @@ class Held:
 
     @property
     def verdict(self) -> str:
+        if self.claim.similar:
+            return "holds" if 1 / SIMILAR <= self.measured <= SIMILAR else "not here"
         if self.low > 1:
             return "holds" if self.high >= self.printed else "faster, by less than printed"
         return "not here" if self.high < 1 else "within the error"
@@ -319,6 +354,8 @@ def held(claims: Sequence[Claim], rows: Sequence[PaperRow], found: Sequence[Late
             other = measured.get((claim.slower, *key[1:]))
             if key[0] != claim.faster or one.batch != 1 or other is None:
                 continue
+            if any(note_of(by_key[row].network) for row in (claim.faster, claim.slower)):
+                continue  # a reconstruction is no evidence
             (low, middle, high), (other_low, other_middle, other_high) = one.interval, other.interval
             times = other_middle / middle, other_low / high, other_high / low
             verdicts.append(Held(claim, one.runtime, one.precision, slow / fast, *times))

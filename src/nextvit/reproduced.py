@@ -1,19 +1,19 @@
 """What `nextvit reproduce` leaves: tables beside the printed ones, the claims, a trade-off plot, a page."""
 
+import csv
 import datetime
-import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from nextvit import __version__, plots, report
 from nextvit.equal_latency import Depth
-from nextvit.extras import version
-from nextvit.files import write_rows
+from nextvit.errors import UserError
+from nextvit.files import write_rows, write_text
 from nextvit.foreign import note_of
 from nextvit.paper import ACCURACY, ANCHOR, CLAIMS, EXPLAINED, SIZES, TABLES, PaperRow, paper_rows
-from nextvit.reproduce import Count, Held, Latency, held, pareto_front, rank_correlation
+from nextvit.reproduce import Count, Held, Latency, held, machine, pareto_front, rank_correlation, read_latencies
 
 TITLES = {
     "table4": "Table 4: classification on ImageNet-1K",
@@ -28,6 +28,7 @@ TITLES = {
 PRINTED = {"tensorrt_ms": "TensorRT, ms (printed)", "coreml_ms": "CoreML, ms (printed)"}
 FEWEST_RANKED = 5  # rows that an order is told of
 OURS = "Next-ViT"
+EQUAL = ("table1", "table2", "table7")  # whose networks are brought to one latency
 FAMILY = re.compile(r"Next-ViT|TRT-ViT|Twins-SVT|[A-Za-z]+(?:(?<=v)2)?")  # what a network's name begins with
 Setup = tuple[str, str, int]
 
@@ -61,7 +62,8 @@ def latency_rows(rows: Sequence[PaperRow], found: Sequence[Latency]) -> list[dic
     """A line a network: printed latencies and accuracies, and what was measured on each runtime."""
     by_row = {(one.row, *one.setup): one for one in found}
     setups = list(dict.fromkeys(one.setup for one in found))
-    fronts = {setup: _front(rows, by_row, setup) for setup in setups}
+    at_one_latency = rows[0].table in EQUAL  # nobody is faster there but by chance
+    fronts = {setup: set() if at_one_latency else _front(rows, by_row, setup) for setup in setups}
     lines = []
     for row in rows:
         note = note_of(row.network)
@@ -83,7 +85,8 @@ def correlation_rows(rows: Sequence[PaperRow], found: Sequence[Latency]) -> list
         here = {one.row: one.ratio for one in found if one.setup == setup and one.ratio is not None}
         line: dict[str, object] = {"runtime": _named(setup)}
         for column, told in PRINTED.items():
-            pairs = [(row.printed[column], here[row.key]) for row in rows if column in row.printed and row.key in here]
+            known = [row for row in rows if column in row.printed and row.key in here and not note_of(row.network)]
+            pairs = [(row.printed[column], here[row.key]) for row in known]
             enough = len(pairs) >= FEWEST_RANKED
             line[told] = f"{rank_correlation(*zip(*pairs, strict=True)):.2f} ({len(pairs)} rows)" if enough else "-"
         lines.append(line)
@@ -93,7 +96,8 @@ def correlation_rows(rows: Sequence[PaperRow], found: Sequence[Latency]) -> list
 def claim_rows(verdicts: Sequence[Held]) -> list[dict[str, object]]:
     return [
         {
-            "claim": f"{one.claim.faster} takes less time than {one.claim.slower}",
+            "claim": f"{one.claim.faster} takes {'about as long as' if one.claim.similar else 'less time than'} "
+            f"{one.claim.slower}",
             "runtime": f"{one.runtime} {one.precision}",
             "times faster, printed (TensorRT)": f"{one.printed:.2f}",
             "here": f"{one.measured:.2f} ({one.low:.2f} to {one.high:.2f})",
@@ -115,10 +119,11 @@ def write_reproduction(
     costs, claims = count_rows(rows, counted), claim_rows(held(CLAIMS, rows, found))
     flagged = [line for line in costs if line["flag"] or line["counted"] == "-"]
     write_rows(folder / f"{table}-costs.csv", costs)
+    where = f"{found[0].machine}; {found[0].threads} threads" if found else machine()
     parts = [
         report.paragraph(
-            f"{len(rows)} rows. Measured on {platform.processor() or platform.machine()}, {machine()}, "
-            f"{datetime.date.today().isoformat()}; accuracies are the paper's. {ANCHOR} was measured beside every "
+            f"{len(rows)} rows; {where}; {datetime.date.today().isoformat()}. "
+            f"Accuracies are the paper's. {ANCHOR} was measured beside every "
             "network, and the ratio is to it, with a 99 % interval of its median; * no row here is both faster and "
             "better."
         )
@@ -129,12 +134,15 @@ def write_reproduction(
         if table in TABLES:
             picture = folder / f"{table}-tradeoff.png"
             trade_off(table, rows, found, picture)
-            parts.append(report.picture(picture, "accuracy against latency"))
+            parts += [report.picture(picture, "accuracy against latency")] if picture.exists() else []
         parts.append(report.html_table(lines))
         if depths:
-            parts.append(report.heading("Depths that come to the reference's latency"))
-            parts.append(report.html_table([asdict(one) for one in depths]))
-        parts += [report.heading("Is the order the paper's?"), report.html_table(correlation_rows(rows, found))]
+            parts.append(report.heading("Depths that come nearest to the reference's latency"))
+            parts.append(
+                report.html_table([{**asdict(one), "within 3 %": "yes" if one.ok else "no"} for one in depths])
+            )
+        if table not in EQUAL:
+            parts += [report.heading("Is the order the paper's?"), report.html_table(correlation_rows(rows, found))]
         if claims:
             write_rows(folder / f"{table}-claims.csv", claims)
             parts += [report.heading("Claims of the text"), report.html_table(claims)]
@@ -156,7 +164,8 @@ def trade_off(table: str, rows: Sequence[PaperRow], found: Sequence[Latency], pa
         for row, accuracy in enumerate(ACCURACY[table])
         for panel in _panels(rows, found, accuracy, _measured_setups(found), row)
     ]
-    plots.trade_off(panels, OURS, _label(ANCHOR), path)
+    if panels:
+        plots.trade_off(panels, OURS, _label(ANCHOR), path)
 
 
 def figure1(measured: Sequence[tuple[Sequence[PaperRow], Sequence[Latency]]], path: Path) -> None:
@@ -168,6 +177,8 @@ def figure1(measured: Sequence[tuple[Sequence[PaperRow], Sequence[Latency]]], pa
     panels = []
     for number, (rows, found) in enumerate(measured):
         panels += _panels(rows, found, next(iter(ACCURACY[rows[0].table])), setups, number)
+    if not panels:
+        raise UserError("none of these rows has a latency, printed or measured, so there is nothing to draw.")
     plots.trade_off(panels, OURS, _label(ANCHOR), path)
 
 
@@ -215,15 +226,11 @@ def _label(network: str) -> str:
     return next(row.name for row in paper_rows("table4") if row.network == network)
 
 
-def machine() -> str:
-    """Versions of what was measured with."""
-    return ", ".join(f"{name} {version(name)}" for name in ("torch", "onnxruntime", "openvino", "timm"))
-
-
 def _front(rows: Sequence[PaperRow], by_row: dict[tuple[str, str, str, int], Latency], setup: Setup) -> set[str]:
     """Keys of the rows that no other one beats, by the table's first accuracy."""
     column = next(iter(ACCURACY[rows[0].table]))
-    there = [(row, by_row.get((row.key, *setup))) for row in rows if column in row.printed]
+    good = [row for row in rows if column in row.printed and not note_of(row.network)]
+    there = [(row, by_row.get((row.key, *setup))) for row in good]
     pairs = [(row, one.ratio) for row, one in there if one is not None and one.ratio is not None]
     front = pareto_front([(ratio, row.printed[column]) for row, ratio in pairs])
     return {row.key for (row, _), best in zip(pairs, front, strict=True) if best}
@@ -239,6 +246,50 @@ def _told(one: Latency) -> str:
 def _named(setup: Setup) -> str:
     runtime, precision, batch = setup
     return f"{runtime} {precision}" + f", batch {batch}" * (batch > 1)
+
+
+def write_readme(folder: Path) -> None:
+    """README.md of all that the folder has, as repositories show it: pictures and tables, with links to the rest."""
+    parts = [
+        "# The paper, rerun",
+        f"By `nextvit reproduce`, nextvit {__version__}, {datetime.date.today().isoformat()}.",
+    ]
+    for file in sorted(folder.glob("measured-*.csv"))[:1]:
+        parts.append("; ".join(f"{one.machine}; {one.threads} threads" for one in read_latencies(file)[:1]) + ".")
+    if (folder / "figure1.png").exists():
+        parts.append("## Figure 1\n\n![accuracy against latency](figure1.png)")
+    for table in sorted(TITLES):
+        files = {what: folder / f"{table}-{what}.csv" for what in ("latency", "claims", "depths", "costs")}
+        there = {what: _records(file) for what, file in files.items() if file.exists()}
+        if not there:
+            continue
+        parts.append(f"## {TITLES[table]}")
+        if (folder / f"{table}-tradeoff.png").exists():
+            parts.append(f"![accuracy against latency]({table}-tradeoff.png)")
+        parts += [_markdown(there[what]) for what in ("latency", "claims") if there.get(what)]
+        if there.get("depths"):
+            hidden = ("machine", "threads", "runtime", "precision")
+            parts.append(_markdown([{k: v for k, v in one.items() if k not in hidden} for one in there["depths"]]))
+        if costs := there.get("costs"):
+            printed = [one for one in costs if one["printed"] != "-"]
+            odd = [{k: v for k, v in one.items() if k != "flag"} for one in printed if one["flag"] or one["why"]]
+            told = f"[Parameters and operations of all rows]({files['costs'].name})"
+            if printed:
+                told += f"; {len(printed) - len(odd)} of {len(printed)} printed figures are within 2 % of the network's"
+            parts.append(told + (", and the others are" if odd else "."))
+            parts += [_markdown(odd)] if odd else []
+    write_text(folder / "README.md", "\n\n".join(parts) + "\n")
+
+
+def _records(file: Path) -> list[dict[str, str]]:
+    with open(file, encoding="utf-8", newline="") as handle:
+        return list(csv.DictReader(handle))
+
+
+def _markdown(records: Sequence[Mapping[str, str]]) -> str:
+    head = list(records[0])
+    lines = [head, ["---"] * len(head), *([one[key].replace("|", "\\|") for key in head] for one in records)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def summary(

@@ -15,7 +15,7 @@ from nextvit import __version__
 from nextvit.backbone import NextViT
 from nextvit.data.images import ImageSource
 from nextvit.detector import Detector
-from nextvit.errors import AccuracyError, ParityError, UserError
+from nextvit.errors import AccuracyError, DiskFull, OutOfMemory, ParityError, UserError
 from nextvit.exporters.calibration import Calibration, read_calibration
 from nextvit.exporters.example import write_example
 from nextvit.exporters.form import StageOutputs, export_form
@@ -39,6 +39,7 @@ from nextvit.runtime.torch_session import TorchSession
 from nextvit.segmenter import Segmenter
 from nextvit.trust import remember
 
+KNOWN = (UserError, AccuracyError, ParityError, OutOfMemory, DiskFull)  # errors that fixed sides would not mend
 PYRAMID_ALONE = (
     "{} cannot choose boxes, so the file is backbone and feature pyramid alone; proposals, boxes and masks are to be "
     "made of its five maps elsewhere. ONNX and OpenVINO files are whole"
@@ -142,7 +143,7 @@ def export(
         try:
             written, measured, job = _write(writer, plain, job, images, max_drop)
         except Exception as error:  # torch.export has several kinds for sizes that cannot be left open
-            if not isinstance(model, ForeignClassifier) or not free.sides or isinstance(error, AccuracyError):
+            if not isinstance(model, ForeignClassifier) or not free.sides or isinstance(error, KNOWN) or qat_epochs:
                 raise
             free = Free(batch=free.batch, sides=False)
             job = replace(job, form=export_form(plain, fixed=True), free=free)

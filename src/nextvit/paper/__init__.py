@@ -118,15 +118,16 @@ EXPLAINED = {
 
 @dataclass(frozen=True)
 class Claim:
-    """That one network takes less time than another one of about its accuracy: both rows of one table."""
+    """That one network takes less time than another one of about its accuracy, or as much: both rows of one table."""
 
     table: str
     faster: str  # keys of rows
     slower: str
+    similar: bool = False  # they are said to take about the same
 
 
 CLAIMS = (  # of the paper's text; how much faster is in its tables
-    Claim("table4", "Next-ViT-S 224", "ResNet101 224"),
+    Claim("table4", "Next-ViT-S 224", "ResNet101 224", similar=True),
     Claim("table4", "Next-ViT-S 224", "ConvNeXt-T 224"),
     Claim("table4", "Next-ViT-S 224", "Twins-SVT-S 224"),
     Claim("table4", "Next-ViT-S 224", "CSWin-T 224"),

@@ -19,7 +19,8 @@ class Peer:
     params_m: float  # millions
     flops_g: float  # 10^9 multiply-adds for one image
     make: Callable[[int, int], nn.Module]  # classes, image size
-    note: str = ""
+    note: str
+    last: str  # the layer that gives its classes
 
 
 def _cmt(variant: Any, classes: int, image_size: int) -> nn.Module:
@@ -30,15 +31,15 @@ def _any_size(network: Callable[..., nn.Module], variant: Any, classes: int, ima
     return network(variant, classes)
 
 
-_FAMILIES: tuple[tuple[dict[str, Any], Callable[[Any, int, int], nn.Module], str], ...] = (
-    (cmt.VARIANTS, _cmt, ""),
-    (cswin.VARIANTS, partial(_any_size, cswin.CSWin), ""),
-    (cvt.VARIANTS, partial(_any_size, cvt.CvT), ""),
-    (uniformer.VARIANTS, partial(_any_size, uniformer.UniFormer), ""),
-    (trt_vit.VARIANTS, partial(_any_size, trt_vit.TRTViT), "a reconstruction, fitted to the printed totals"),
+_FAMILIES: tuple[tuple[dict[str, Any], Callable[[Any, int, int], nn.Module], str, str], ...] = (
+    (cmt.VARIANTS, _cmt, "", "head"),
+    (cswin.VARIANTS, partial(_any_size, cswin.CSWin), "", "head"),
+    (cvt.VARIANTS, partial(_any_size, cvt.CvT), "", cvt.LAST),
+    (uniformer.VARIANTS, partial(_any_size, uniformer.UniFormer), "", "head"),
+    (trt_vit.VARIANTS, partial(_any_size, trt_vit.TRTViT), "a reconstruction, fitted to the printed totals", "head"),
 )
 PEERS = {
-    v.name: Peer(v.name, v.image_size, v.params_m, v.flops_g, partial(make, v), note)
-    for variants, make, note in _FAMILIES
+    v.name: Peer(v.name, v.image_size, v.params_m, v.flops_g, partial(make, v), note, last)
+    for variants, make, note, last in _FAMILIES
     for v in variants.values()
 }

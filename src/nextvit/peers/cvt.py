@@ -23,6 +23,7 @@ class Variant:
 VARIANTS = {
     v.name: v for v in (Variant("cvt_13", 224, (1, 2, 10), 20, 4.5), Variant("cvt_21", 224, (1, 4, 16), 32, 7.1))
 }
+LAST = "network.classifier"
 
 
 class CvT(nn.Module):
