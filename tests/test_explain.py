@@ -134,6 +134,7 @@ def test_evidence_of_a_segmenter_lies_where_the_class_is(left, segmenter):
     assert found.answer.startswith("class 1, ")
 
 
+@pytest.mark.slow
 def test_a_detectors_surest_object_has_evidence():
     model = fill(create_model("nextvit_nano", task="detect", num_classes=3))
     found = heat(model, Image.fromarray(scene(True, 1)[0]))

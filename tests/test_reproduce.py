@@ -359,6 +359,7 @@ def figure(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_figure_1_has_three_tasks_and_printed_beside_measured(figure):
     svg = (figure / "figure1.svg").read_text()
     assert svg.count("<!-- latency / Next-ViT-S's -->") == 9  # three tasks; TensorRT, CoreML and here
@@ -368,6 +369,7 @@ def test_figure_1_has_three_tasks_and_printed_beside_measured(figure):
     assert {f"table{n}.html" for n in (4, 5, 6)} <= {path.name for path in figure.iterdir()}
 
 
+@pytest.mark.slow
 def test_the_folder_tells_in_markdown_what_it_has(figure):
     text = (figure / "README.md").read_text()
     assert "a machine; 1 threads." in text
@@ -380,6 +382,7 @@ def test_the_folder_tells_in_markdown_what_it_has(figure):
         assert len({line.count(" | ") for line in block.splitlines()[2:]}) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="a browser is needed")
 def test_a_browser_draws_the_page_with_every_point(figure, tmp_path):
     page, picture = (figure / "figure1.html").as_uri(), tmp_path / "page.png"
