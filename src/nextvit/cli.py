@@ -702,48 +702,40 @@ def reproduce(
 ) -> None:
     """The paper's tables on this machine: costs counted, latencies measured, beside what is printed."""
     from nextvit.describe import table as as_table
-    from nextvit.equal_latency import Depth, of_equal_latency
-    from nextvit.paper import ABLATION_TABLES, SIZES, TABLES, paper_rows
-    from nextvit.progress import track
-    from nextvit.reproduce import chosen_setups, counts, measure, read_latencies
-    from nextvit.reproduced import count_rows, figure1, latency_rows, summary, write_readme, write_reproduction
+    from nextvit.paper import ABLATION_TABLES, TABLES, paper_rows
+    from nextvit.reproduce import chosen_setups
+    from nextvit.reproduced import figure1, rerun, summary, write_readme
 
     known = sorted((*TABLES, *ABLATION_TABLES))
     if what not in (*known, "figure1", "all"):
         raise UserError(f"there is no {what!r} to reproduce; take one of {', '.join(known)}, figure1, all.")
     setups = chosen_setups(runtimes.split(","), precision.split(","))
     batches = _counts("--batch-size", batch_size)
-    shown: dict[str, object] = {}
-    lines: list[str] = []
-    measured = []
+    done = {}
     for table in {"figure1": TABLES, "all": known}.get(what, (what,)):
         rows = [row for row in paper_rows(table) if not only or any(part.lower() in row.name.lower() for part in only)]
-        if not rows:
-            continue
-        depths: list[Depth] = []
-        if table in ABLATION_TABLES and not costs:
-            setup = next(setup for setup in setups if setup[0] == setups[-1][0])
-            place = output / f"{table}-depths.csv"
-            rows, depths = of_equal_latency(rows, place, setup, threads=threads, rounds=rounds)
-        file = output / f"measured-{table if table in ABLATION_TABLES else SIZES[table]}.csv"  # 5 and 6 share theirs
-        if not costs:
-            measure(rows, file, setups=setups, batches=batches, threads=threads, rounds=rounds)
-        keys = {row.key for row in rows}
-        found = [one for one in read_latencies(file) if one.row in keys]
-        if table in TABLES:
-            measured.append((rows, found))
-        counted = [counts(row) for row in track(rows, total=len(rows), label=f"count {table}")]
-        page = write_reproduction(table, rows, counted, found, output, depths)
-        shown[table] = summary(rows, counted, found)
-        lines += as_table(latency_rows(rows, found) if found else count_rows(rows, counted))
-        lines.append(f"the page, with all of it: {page}")
-    if not shown:
+        if rows:
+            done[table] = rerun(
+                table,
+                rows,
+                output,
+                setups=setups,
+                batches=batches,
+                threads=threads,
+                rounds=rounds,
+                costs_alone=costs,
+            )
+    if not done:
         raise UserError(f"no row of {what} has {' or '.join(map(repr, only or []))} in its name.")
-    if what in ("figure1", "all") and measured:
-        figure1(measured, output / "figure1.png")
+    lines = [
+        line for one in done.values() for line in (*as_table(one.lines()), f"the page, with all of it: {one.page}")
+    ]
+    side_by_side = [done[table] for table in TABLES if table in done]
+    if what in ("figure1", "all") and side_by_side:
+        figure1(side_by_side, output / "figure1.png")
         lines.append(f"the figure: {output / 'figure1.png'}, as .svg, and to point at, {output / 'figure1.html'}")
     write_readme(output)
-    _show(shown, as_json, lines)
+    _show({table: summary(one) for table, one in done.items()}, as_json, lines)
 
 
 @app.command(epilog="Example: nextvit fit --device-runtime openvino --precision fp32 --budget 10ms")
@@ -764,8 +756,8 @@ def fit(
 
     from nextvit.describe import table
     from nextvit.devices import cpu_count
-    from nextvit.fit import FRAMES, SIZES, budget_of, build, device_of, fit, fitted_row
-    from nextvit.reproduce import chosen_setups
+    from nextvit.fit import FRAMES, SIZES, Device, budget_of, build, fit, fitted_row
+    from nextvit.reproduce import chosen_setups, machine
 
     wanted = budget_of(budget)
     ((runtime, kind),) = chosen_setups([device_runtime], [precision])
@@ -773,7 +765,7 @@ def fit(
     if unknown := [name for name in chosen if name not in FRAMES]:
         raise UserError(f"there are no widths of {unknown[0]!r}; take of {', '.join(FRAMES)}.")
     places = tuple(_counts("--sizes", sizes, least=64)) if sizes else SIZES
-    device = device_of(runtime, kind, threads or cpu_count())
+    device = Device(runtime, kind, threads or cpu_count(), machine())
     found = fit(wanted, device, frames=chosen, sizes=places, mix=mix, rounds=rounds)
     fitted = [build(candidate, device, rounds) for candidate in found]
     kept = next((one for one in fitted if one.measured_ms <= wanted), None)

@@ -61,7 +61,7 @@ def list_models() -> list[str]:
 
 def is_variant(name: str) -> bool:
     """Whether it is the name of a variant, of a configuration of one, or of one of the paper's ablations."""
-    return name in list_models() or (configured(name) or ablation_variant(name)) is not None
+    return _variant(name) is not None
 
 
 def variant_named(name: str) -> Variant:
@@ -69,13 +69,15 @@ def variant_named(name: str) -> Variant:
 
     An unknown name raises UserError and offers the nearest names.
     """
-    for variant in VARIANTS:
-        if variant.name == name:
-            return variant
-    if (other := configured(name) or ablation_variant(name)) is not None:
-        return other
+    if (variant := _variant(name)) is not None:
+        return variant
     near = difflib.get_close_matches(name, list_models(), n=3, cutoff=0.4) or list_models()
     raise UserError(f"there is no model {name!r}; did you mean {' or '.join(near)}?")
+
+
+def _variant(name: str) -> Variant | None:
+    usual = next((variant for variant in VARIANTS if variant.name == name), None)
+    return usual or configured(name) or ablation_variant(name)
 
 
 @overload

@@ -1,9 +1,8 @@
 """Networks of one latency (paper, Tables 1, 2 and 7): depth is changed until one takes as long as its reference."""
 
-import csv
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -11,18 +10,22 @@ from nextvit.ablations import ABLATIONS, Ablation
 from nextvit.benchmark import benchmark
 from nextvit.create import create_model
 from nextvit.devices import cpu_count
-from nextvit.errors import UserError
 from nextvit.files import write_rows
 from nextvit.foreign import FAULTS
 from nextvit.paper import SIZES, PaperRow, ablation_row
 from nextvit.progress import say
-from nextvit.reproduce import ROUNDS, Sessions, insist_on_machine, machine
+from nextvit.reproduce import ROUNDS, Sessions, insist_on_machine, machine, read_records
 from nextvit.runtime.session import Session
 
 TOLERANCE = 0.03  # of the reference's latency
 A_BLOCK = 0.04  # of the latency, what one is taken for before two depths were measured
 MOST_MORE = 2  # blocks, by which stage 2 is made deeper or shallower
 MOST_TRIES = 14  # networks that are measured
+
+
+def near(ratio: float) -> bool:
+    """Whether latencies of this ratio are taken for one."""
+    return abs(ratio - 1) <= TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Equal:
 
     @property
     def ok(self) -> bool:
-        return abs(self.ratio - 1) <= TOLERANCE
+        return near(self.ratio)
 
 
 def equal_latency(ratio_of: Callable[[int, int], float], can_have: Callable[[int, int], bool], third: int) -> Equal:
@@ -57,7 +60,7 @@ def equal_latency(ratio_of: Callable[[int, int], float], can_have: Callable[[int
         return min(known, key=lambda depths: abs(known[depths] - 1))
 
     def done() -> bool:
-        return abs(known[nearest()] - 1) <= TOLERANCE or len(known) >= MOST_TRIES
+        return near(known[nearest()]) or len(known) >= MOST_TRIES
 
     ask((third, 0))
     while not done():
@@ -114,7 +117,7 @@ class Depth:
 
     @property
     def ok(self) -> bool:
-        return abs(self.ratio - 1) <= TOLERANCE
+        return near(self.ratio)
 
 
 def of_equal_latency(
@@ -130,13 +133,12 @@ def of_equal_latency(
     setup: runtime and precision. Each is kept in the CSV `file` when it is known: what is there is not searched again.
     """
     runtime, precision = setup
-    ablations = [a for a in ABLATIONS if a.variant.name in {row.network for row in rows}]
     threads = threads or cpu_count()
-    done = read_depths(file)
+    done = read_records(file, Depth)
     insist_on_machine(file, [(one.machine, one.threads) for one in done], threads)
     with tempfile.TemporaryDirectory() as place:
         references: dict[str, Sessions] = {}
-        for ablation in ablations:
+        for ablation in _ablations(rows):
             base, name, size = ablation.variant.name, ablation.reference, SIZES[ablation.table]
             if name is None or base in _by_name(done, setup):
                 continue
@@ -156,10 +158,21 @@ def of_equal_latency(
             told = found.third, found.more, ratio, found.tried
             done.append(Depth(network, name, runtime, precision, machine(), threads, *told))
             write_rows(file, [asdict(one) for one in done])
-    known = _by_name(done, setup)
-    depths = [known[a.variant.name] for a in ablations if a.variant.name in known]
-    chosen = {d.network.partition("@")[0]: (d.third, d.more) for d in depths}
-    return [ablation_row(a, chosen.get(a.variant.name, a.depths)) for a in ablations], depths
+    return at_depths(rows, done, setup)
+
+
+def at_depths(
+    rows: Sequence[PaperRow], known: Sequence[Depth], setup: tuple[str, str]
+) -> tuple[list[PaperRow], list[Depth]]:
+    """Rows of ablations with the depths that are known of them, and these depths; the others as they are."""
+    ablations, by_name = _ablations(rows), _by_name(known, setup)
+    depths = {a.variant.name: by_name[a.variant.name] for a in ablations if a.variant.name in by_name}
+    chosen = {name: (depth.third, depth.more) for name, depth in depths.items()}
+    return [ablation_row(a, chosen.get(a.variant.name, a.depths)) for a in ablations], list(depths.values())
+
+
+def _ablations(rows: Sequence[PaperRow]) -> list[Ablation]:
+    return [a for a in ABLATIONS if a.variant.name in {row.network for row in rows}]
 
 
 def _by_name(depths: Sequence[Depth], setup: tuple[str, str]) -> dict[str, Depth]:
@@ -180,28 +193,3 @@ def _ratio(
     ratio = benchmark([("reference", reference), (network, session)], rounds=rounds)[1].ratio
     say(f"{network}: {third} blocks in stage 3, {more:+} in stage 2, {ratio:.3f} of the reference's latency")
     return ratio
-
-
-def read_depths(file: Path) -> list[Depth]:
-    """What a search left; none where there is no file."""
-    if not file.exists():
-        return []
-    with open(file, encoding="utf-8", newline="") as handle:
-        records = list(csv.DictReader(handle))
-    if any(record.keys() != {field.name for field in fields(Depth)} for record in records):
-        raise UserError(f"{file} was not written by `nextvit reproduce`; name another folder.")
-    return [
-        Depth(
-            network=record["network"],
-            reference=record["reference"],
-            runtime=record["runtime"],
-            precision=record["precision"],
-            machine=record["machine"],
-            threads=int(record["threads"]),
-            third=int(record["third"]),
-            more=int(record["more"]),
-            ratio=float(record["ratio"]),
-            tried=int(record["tried"]),
-        )
-        for record in records
-    ]

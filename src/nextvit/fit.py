@@ -23,7 +23,7 @@ from nextvit.create import create_model
 from nextvit.errors import UserError
 from nextvit.files import cache_folder, write_text
 from nextvit.progress import say
-from nextvit.reproduce import Sessions, machine
+from nextvit.reproduce import Sessions
 from nextvit.spec import Configuration
 
 FRAMES = ("nextvit_nano", "nextvit_tiny", "nextvit_small")
@@ -77,9 +77,7 @@ class Fitted:
     """A candidate as it was measured."""
 
     candidate: Candidate
-    measured_ms: float
-    low_ms: float  # of the middle half of the rounds
-    high_ms: float
+    measured_ms: float  # median of the rounds
 
     @property
     def error(self) -> float:
@@ -227,7 +225,7 @@ def fit(
 def build(candidate: Candidate, device: Device, rounds: int = ROUNDS) -> Fitted:
     """Build and measure it."""
     (row,) = measured(device, [(candidate.configuration, candidate.image_size)], rounds)
-    return Fitted(candidate, row.median_ms, row.p25_ms, row.p75_ms)
+    return Fitted(candidate, row.median_ms)
 
 
 def budget_of(text: str) -> float:
@@ -250,7 +248,3 @@ def fitted_row(one: Fitted) -> dict[str, object]:
         "measured_ms": round(one.measured_ms, 2),
         "error": f"{one.error:+.1%}",
     }
-
-
-def device_of(runtime: str, precision: str, threads: int) -> Device:
-    return Device(runtime, precision, threads, machine())

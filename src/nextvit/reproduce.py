@@ -9,7 +9,9 @@ import gc
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +36,9 @@ from nextvit.runtime.open import open_session
 from nextvit.runtime.session import Session
 from nextvit.runtime.torch_session import TorchSession
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 SETUPS = (  # runtime and precision, in the order in which they are measured
     ("torch", "fp32"),
     ("onnx", "fp32"),
@@ -41,6 +46,7 @@ SETUPS = (  # runtime and precision, in the order in which they are measured
     ("openvino", "bf16"),
     ("openvino", "int8"),
 )
+R = TypeVar("R", bound="DataclassInstance")
 ROUNDS = 12  # of 8, the fewest that there can be, an interval of 99 % is all that was measured
 SIMILAR = 1.1  # times, that latencies called similar may be apart
 NEAR = 0.02  # of a printed cost: what differs by more is flagged
@@ -185,6 +191,7 @@ def measure(
     return done
 
 
+@cache
 def machine() -> str:
     """Processor and libraries, as far as latencies depend on them."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "onnxruntime", "openvino", "timm"))
@@ -288,33 +295,24 @@ def _calibrate(network: Network, image_size: int) -> None:
 
 def read_latencies(file: Path) -> list[Latency]:
     """What a run left; none where there is no file."""
+    return read_records(file, Latency)
+
+
+def read_records(file: Path, kind: type[R]) -> list[R]:
+    """Records of a dataclass as `write_rows` wrote them; an empty cell is the field's default."""
     if not file.exists():
         return []
-    found = []
     with open(file, encoding="utf-8", newline="") as handle:
-        for record in csv.DictReader(handle):
-            if record.keys() != {field.name for field in fields(Latency)}:
-                raise UserError(f"{file} was not written by `nextvit reproduce`; name another folder.")
-            found.append(
-                Latency(
-                    row=record["row"],
-                    runtime=record["runtime"],
-                    precision=record["precision"],
-                    batch=int(record["batch"]),
-                    machine=record["machine"],
-                    threads=int(record["threads"]),
-                    ms=_number(record["ms"]),
-                    ratio=_number(record["ratio"]),
-                    ratio_low=_number(record["ratio_low"]),
-                    ratio_high=_number(record["ratio_high"]),
-                    why=record["why"],
-                )
-            )
+        records = list(csv.DictReader(handle))
+    pydantic = need("pydantic", extra="train")
+    try:
+        if any(record.keys() != {field.name for field in fields(kind)} for record in records):
+            raise ValueError("it has other columns")
+        given = [{key: cell for key, cell in record.items() if cell} for record in records]
+        found: list[R] = pydantic.TypeAdapter(list[kind]).validate_python(given)  # type: ignore[valid-type]  # at run time
+    except ValueError as error:
+        raise UserError(f"{file} was not written by `nextvit reproduce`; name another folder.") from error
     return found
-
-
-def _number(text: str) -> float | None:
-    return float(text) if text else None
 
 
 # ---- what follows from them ------------------------------------------------------------------------------------------

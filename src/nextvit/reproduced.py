@@ -4,16 +4,29 @@ import csv
 import datetime
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nextvit import __version__, plots, report
-from nextvit.equal_latency import Depth
+from nextvit.equal_latency import Depth, at_depths, of_equal_latency
 from nextvit.errors import UserError
 from nextvit.files import write_rows, write_text
 from nextvit.foreign import note_of
-from nextvit.paper import ACCURACY, ANCHOR, CLAIMS, EXPLAINED, SIZES, TABLES, PaperRow, paper_rows
-from nextvit.reproduce import Count, Held, Latency, held, machine, pareto_front, rank_correlation, read_latencies
+from nextvit.paper import ABLATION_TABLES, ACCURACY, ANCHOR, CLAIMS, EXPLAINED, SIZES, TABLES, PaperRow, paper_rows
+from nextvit.progress import track
+from nextvit.reproduce import (
+    Count,
+    Held,
+    Latency,
+    counts,
+    held,
+    machine,
+    measure,
+    pareto_front,
+    rank_correlation,
+    read_latencies,
+    read_records,
+)
 
 TITLES = {
     "table4": "Table 4: classification on ImageNet-1K",
@@ -107,6 +120,53 @@ def claim_rows(verdicts: Sequence[Held]) -> list[dict[str, object]]:
     ]
 
 
+@dataclass(frozen=True)
+class Rerun:
+    """What came of a table: its rows, with the depths of ablations, what was counted and measured, and the page."""
+
+    rows: Sequence[PaperRow]
+    counted: Sequence[Sequence[Count]]
+    found: Sequence[Latency]
+    page: Path
+
+    def lines(self) -> list[dict[str, object]]:
+        """For a terminal: latencies, or where there are none costs."""
+        return latency_rows(self.rows, self.found) if self.found else count_rows(self.rows, self.counted)
+
+
+def rerun(
+    table: str,
+    rows: Sequence[PaperRow],
+    folder: Path,
+    *,
+    setups: Sequence[tuple[str, str]],
+    batches: Sequence[int],
+    threads: int | None,
+    rounds: int,
+    costs_alone: bool,
+) -> Rerun:
+    """Count and measure rows of a table, and write its files into a folder; what that has is not measured again.
+
+    Ablations are brought to one latency first, on the last runtime in its first precision. costs_alone: nothing is
+    searched or measured; what the folder has is shown.
+    """
+    depths: list[Depth] = []
+    if table in ABLATION_TABLES:
+        file = folder / f"{table}-depths.csv"
+        setup = next(setup for setup in setups if setup[0] == setups[-1][0])
+        if costs_alone:
+            rows, depths = at_depths(rows, read_records(file, Depth), setup)
+        else:
+            rows, depths = of_equal_latency(rows, file, setup, threads=threads, rounds=rounds)
+    place = folder / f"measured-{table if table in ABLATION_TABLES else SIZES[table]}.csv"  # 5 and 6 share theirs
+    if not costs_alone:
+        measure(rows, place, setups=setups, batches=batches, threads=threads, rounds=rounds)
+    keys = {row.key for row in rows}
+    found = [one for one in read_latencies(place) if one.row in keys]
+    counted = [counts(row) for row in track(rows, total=len(rows), label=f"count {table}")]
+    return Rerun(rows, counted, found, write_reproduction(table, rows, counted, found, folder, depths))
+
+
 def write_reproduction(
     table: str,
     rows: Sequence[PaperRow],
@@ -168,15 +228,12 @@ def trade_off(table: str, rows: Sequence[PaperRow], found: Sequence[Latency], pa
         plots.trade_off(panels, OURS, _label(ANCHOR), path)
 
 
-def figure1(measured: Sequence[tuple[Sequence[PaperRow], Sequence[Latency]]], path: Path) -> None:
-    """Figure 1 on this machine: a row a task, by its first accuracy, a column a runtime, the printed ones first.
-
-    measured: rows of each table, and their latencies.
-    """
-    setups = list(dict.fromkeys(setup for _, found in measured for setup in _measured_setups(found)))
+def figure1(tables: Sequence[Rerun], path: Path) -> None:
+    """Figure 1 on this machine: a row a task, by its first accuracy, a column a runtime, the printed ones first."""
+    setups = list(dict.fromkeys(setup for one in tables for setup in _measured_setups(one.found)))
     panels = []
-    for number, (rows, found) in enumerate(measured):
-        panels += _panels(rows, found, next(iter(ACCURACY[rows[0].table])), setups, number)
+    for number, one in enumerate(tables):
+        panels += _panels(one.rows, one.found, next(iter(ACCURACY[one.rows[0].table])), setups, number)
     if not panels:
         raise UserError("none of these rows has a latency, printed or measured, so there is nothing to draw.")
     plots.trade_off(panels, OURS, _label(ANCHOR), path)
@@ -292,13 +349,11 @@ def _markdown(records: Sequence[Mapping[str, str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def summary(
-    rows: Sequence[PaperRow], counted: Sequence[Sequence[Count]], found: Sequence[Latency]
-) -> dict[str, object]:
+def summary(one: Rerun) -> dict[str, object]:
     """For --json."""
     costs = [
-        {"row": row.key, **asdict(one), "differs": one.differs}
-        for row, some in zip(rows, counted, strict=True)
-        for one in some
+        {"row": row.key, **asdict(cost), "differs": cost.differs}
+        for row, some in zip(one.rows, one.counted, strict=True)
+        for cost in some
     ]
-    return {"costs": costs, "latencies": [asdict(one) for one in found]}
+    return {"costs": costs, "latencies": [asdict(latency) for latency in one.found]}

@@ -8,18 +8,20 @@ from importlib import resources
 from nextvit.ablations import ABLATIONS, Ablation
 
 ANCHOR = "nextvit_small"  # of the paper's claims, and what all is measured beside
+TABLES = ("table4", "table5", "table6")  # of networks side by side, whose trade-off is Figure 1
+ABLATION_TABLES = ("table1", "table2", "table7", "table8", "table9")
 ACCURACY = {  # of each table: columns of figures that a network is good by, with their names
     "table4": {"top1": "top-1, %"},
     "table5": {"fpn_miou": "mIoU with Semantic FPN, %", "upernet_miou_ms": "mIoU with UperNet, multi-scale, %"},
     "table6": {"box_ap_1x": "box AP, 1x", "box_ap_3x": "box AP, 3x + MS", "mask_ap_1x": "mask AP, 1x"},
+    **dict.fromkeys(
+        ABLATION_TABLES, {"top1": "top-1, %", "det_box_ap": "box AP, 1x", "seg_miou": "mIoU with Semantic FPN, %"}
+    ),
 }
-TABLES = tuple(ACCURACY)
-ABLATION_TABLES = ("table1", "table2", "table7", "table8", "table9")
-ACCURACY |= dict.fromkeys(
-    ABLATION_TABLES, {"top1": "top-1, %", "det_box_ap": "box AP, 1x", "seg_miou": "mIoU with Semantic FPN, %"}
-)
-SIZES = {"table4": 224, "table5": 512, "table6": 512}  # pixels a side, the usual ones; of 5 and 6 backbones alone
-SIZES |= dict.fromkeys(ABLATION_TABLES, 224)
+SIZES = {  # pixels a side, the usual ones; of Tables 5 and 6 the backbones' alone
+    **dict.fromkeys(("table4", *ABLATION_TABLES), 224),
+    **dict.fromkeys(("table5", "table6"), 512),
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,6 @@ class PaperRow:
     name: str
     network: str  # a MODEL
     image_size: int  # pixels a side, at which its latency was measured
-    group: str  # small, base, large
     printed: dict[str, float]  # by the names of the CSV file's columns
 
     @property
@@ -47,10 +48,10 @@ def paper_rows(table: str) -> tuple[PaperRow, ...]:
     text = (resources.files("nextvit.paper") / f"{table}.csv").read_text(encoding="utf-8")
     found = []
     for row in csv.DictReader(text.splitlines()):
-        name, network, group = (row.pop(key) for key in ("model", "network", "group"))
+        name, network, _ = (row.pop(key) for key in ("model", "network", "group"))
         size = int(row.pop("image_size", SIZES[table]))
         printed = {key: float(value) for key, value in row.items() if value}
-        found.append(PaperRow(table, name, network, size, group, printed))
+        found.append(PaperRow(table, name, network, size, printed))
     return tuple(found)
 
 
@@ -59,7 +60,7 @@ def ablation_row(ablation: Ablation, depths: tuple[int, int]) -> PaperRow:
     third, more = depths
     told = f", {third} blocks" + f" and {more:+} in stage 2" * bool(more) if ablation.reference else ""
     network = ablation.at(third, more).name
-    return PaperRow(ablation.table, ablation.row + told, network, SIZES[ablation.table], "", ablation.printed)
+    return PaperRow(ablation.table, ablation.row + told, network, SIZES[ablation.table], ablation.printed)
 
 
 # Why a printed figure and the network's own differ by more than 2 %, by table, row and column. Where attention products
