@@ -232,7 +232,7 @@ class Sessions:
         suffix, kind = format_named(runtime).suffix, "int8" if precision == "int8" else "float"
         path = self.stem.with_name(f"{self.stem.name}-{kind}{suffix}")
         if not path.exists():
-            images = [image.rotate(90 * turn) for turn in range(4) for image in real_images()]
+            images = [image.rotate(90 * turn) for turn in range(2) for image in real_images()]  # enough for ranges
             how = {"precision": "int8", "calibration": images, "max_drop": None} if kind == "int8" else {}
             export(self.network, path, image_size=self.image_size, **how)  # type: ignore[arg-type]
         chosen = None if kind == "int8" else precision
