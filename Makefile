@@ -7,7 +7,7 @@ BIN = .venv/bin
 export OMP_WAIT_POLICY = passive
 export GOMP_SPINCOUNT = 0
 
-.PHONY: demo demo-segment demo-detect test test-all faults lint format pin clean
+.PHONY: demo demo-segment demo-detect test test-all results faults lint format pin clean
 
 demo: .venv/installed
 	@$(BIN)/python -m nextvit.demo runs/demo
@@ -28,6 +28,13 @@ test: .venv/installed
 
 test-all: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder --max-worker-restart 0
+
+# docs/results: the paper's tables on this machine. Hours on two cores; what is there is not measured again.
+results: .venv/installed
+	$(BIN)/nextvit reproduce all --output docs/results
+	$(BIN)/nextvit reproduce table1 --costs --train demo --output docs/results
+	$(BIN)/nextvit reproduce table8 --costs --train demo --output docs/results
+	$(BIN)/python benchmarks/fit.py --output docs/results/fit.csv
 
 # What goes wrong on purpose: expected and found, row by row.
 faults: .venv/installed

@@ -39,7 +39,7 @@ ROOMS = [  # the order of docs/architecture.md: a module imports what stands bef
     ["benchmark"],
     ["candidates", "loading", "paper"],
     ["reproduce"],
-    ["equal_latency", "fit"],
+    ["equal_latency", "fit", "accuracies"],
     ["describe", "results", "plots", "explain"],
     ["report"],
     ["reproduced", "explained"],

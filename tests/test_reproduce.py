@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -32,7 +33,7 @@ from nextvit.reproduce import (
     rank_correlation,
     read_latencies,
 )
-from nextvit.reproduced import correlation_rows, count_rows, latency_rows
+from nextvit.reproduced import count_rows, latency_rows, order_rows, rerun
 from tests.conftest import REPOSITORY, nextvit_here
 
 ROWS = {table: paper_rows(table) for table in TABLES}
@@ -43,6 +44,7 @@ TINY = (  # of no paper: small enough to measure within a test
 )
 
 
+NO_MAC = pytest.mark.skipif(sys.platform == "darwin", reason="CoreML is there")
 SETUP = [("torch", "fp32")]  # others need minutes of export; the pages' commands run them
 
 
@@ -229,9 +231,10 @@ def test_a_file_of_something_else_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("runtimes", "precisions", "told"),
     [
-        (["tvm"], ["fp32"], "no runtime 'tvm' to reproduce with; take of torch, onnx, openvino"),
+        (["tvm"], ["fp32"], "no runtime 'tvm' to reproduce with; take of torch, onnx, openvino, coreml"),
         (["onnx"], ["fp8"], "no precision 'fp8'"),
         (["onnx"], ["int8"], "none of these runtimes has one of these precisions here"),
+        pytest.param(["onnx", "coreml"], ["fp32", "fp16"], "CoreML needs macOS; leave it out", marks=NO_MAC),
     ],
 )
 def test_a_setup_that_there_is_not_is_refused(runtimes, precisions, told):
@@ -314,7 +317,26 @@ def test_lines_mark_the_front_and_tell_what_was_not_measured():
     assert told[0] == "10.0 ms, 1.00 (0.99 to 1.01) *"
     assert [text.endswith("*") for text in told] == [True, False, True, False]
     assert told[3] == "not measured: it could not be"
-    assert correlation_rows(rows, found)[0]["TensorRT, ms (printed)"] == "-"  # too few to be ranked
+    assert order_rows(rows, found, []) == []  # too few to be ranked
+
+
+def test_the_order_here_is_compared_with_the_printed_one():
+    rows = [PaperRow("table4", str(i), "nextvit_small", 224, {"tensorrt_ms": i, "coreml_ms": -i}) for i in range(1, 7)]
+    found = [latency(row.key, float(10 + number)) for number, row in enumerate(rows)]
+    told = {line["printed"]: line["Spearman's rho"] for line in order_rows(rows, found, [])}
+    assert told == {"TensorRT, ms (printed)": "1.00", "CoreML, ms (printed)": "-1.00"}
+
+
+def test_a_part_of_a_table_leaves_the_rest_of_its_page(tmp_path):
+    measured = [latency("DeiT-T 224", 1.0), latency("ResNet101 224", 1.3), latency("Next-ViT-S 224", 1.0)]
+    write_rows(tmp_path / "measured-224.csv", [asdict(one) for one in measured])
+    asked = [row for row in ROWS["table4"] if row.name == "PoolFormer-S24"]
+    one = rerun(
+        "table4", asked, tmp_path, setups=SETUP, batches=[1], threads=1, rounds=8, costs_alone=True
+    )  # fmt: skip
+    assert {row.name for row in one.rows} == {"DeiT-T", "ResNet101", "Next-ViT-S", "PoolFormer-S24"}
+    page = one.page.read_text()
+    assert all(row.name in page for row in one.rows)
 
 
 # ---- the verb --------------------------------------------------------------------------------------------------------

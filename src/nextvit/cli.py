@@ -41,8 +41,9 @@ Weights = Annotated[
 ]
 Output = Annotated[Path | None, typer.Option(help="Where to write.")]
 RECIPES = (
-    "default, demo, distill, finetune, in1k_300e, in1k_300e_paper, in1k_384; demo_segment, finetune_segment, fpn_80k, "
-    "fpn_80k_paper, upernet_160k; demo_detect, finetune_detect, maskrcnn_1x, maskrcnn_3x_ms; or a YAML file"
+    "default, demo, distill, finetune, in1k_300e, in1k_300e_paper, in1k_384, proxy; demo_segment, finetune_segment, "
+    "fpn_80k, fpn_80k_paper, proxy_segment, upernet_160k; demo_detect, finetune_detect, maskrcnn_1x, maskrcnn_3x_ms, "
+    "proxy_detect; or a YAML file"
 )
 RecipeName = Annotated[str, typer.Option(help=f"{RECIPES}.")]
 Task = Annotated[str | None, typer.Option(help="classify, segment or detect; left out: the recipe's own.")]
@@ -687,10 +688,26 @@ def reproduce(
         typer.Option(metavar="NAME", help="Rows whose name has this in it alone; may be repeated."),
     ] = None,
     costs: Annotated[
-        bool, typer.Option("--costs", help="Parameters and operations alone: nothing is measured.")
+        bool, typer.Option("--costs", help="Parameters and operations, and no latency: nothing is measured.")
     ] = False,
-    runtimes: Annotated[str, typer.Option(help="Of torch, onnx, openvino.")] = "torch,onnx,openvino",
-    precision: Annotated[str, typer.Option(help="Of fp32, bf16, int8, where a runtime has them.")] = "fp32,bf16,int8",
+    train: Annotated[
+        list[str] | None,
+        typer.Option(metavar="DATA", help="Train every row on it: demo, or ImageNet, ADE20K, COCO, one by one."),
+    ] = None,
+    task: Annotated[str, typer.Option(help="Of classify, segment, detect, what is trained on demo.")] = "classify",
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Trainings of each row; left out: 3 on demo, 1 on other images.")
+    ] = None,
+    evaluate: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Evaluate every row that has weights on these images.")
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Weight files to evaluate, each named as its MODEL is.")
+    ] = None,
+    runtimes: Annotated[str, typer.Option(help="Of torch, onnx, openvino, coreml.")] = "torch,onnx,openvino",
+    precision: Annotated[
+        str, typer.Option(help="Of fp32, fp16, bf16, int8, where a runtime has them.")
+    ] = "fp32,bf16,int8",
     batch_size: Annotated[str, typer.Option(help="Images a call; several, as in 1,8, make a column each.")] = "1",
     rounds: Annotated[int, typer.Option(min=8, help="Interleaved rounds of a row and its anchor.")] = 12,
     threads: Threads = None,
@@ -701,6 +718,7 @@ def reproduce(
     debug: Debug = False,
 ) -> None:
     """The paper's tables on this machine: costs counted, latencies measured, beside what is printed."""
+    from nextvit.accuracies import study_of
     from nextvit.describe import table as as_table
     from nextvit.paper import ABLATION_TABLES, TABLES, paper_rows
     from nextvit.reproduce import chosen_setups
@@ -711,6 +729,9 @@ def reproduce(
         raise UserError(f"there is no {what!r} to reproduce; take one of {', '.join(known)}, figure1, all.")
     setups = chosen_setups(runtimes.split(","), precision.split(","))
     batches = _counts("--batch-size", batch_size)
+    study = study_of(train, task.split(","), seeds) if train else None
+    if weights is not None and (evaluate is None or not weights.is_dir()):
+        raise UserError("--weights is a folder of weight files, and goes with --evaluate DATA.")
     done = {}
     for table in {"figure1": TABLES, "all": known}.get(what, (what,)):
         rows = [row for row in paper_rows(table) if not only or any(part.lower() in row.name.lower() for part in only)]
@@ -724,6 +745,8 @@ def reproduce(
                 threads=threads,
                 rounds=rounds,
                 costs_alone=costs,
+                study=study,
+                evaluated=(evaluate, weights) if evaluate else None,
             )
     if not done:
         raise UserError(f"no row of {what} has {' or '.join(map(repr, only or []))} in its name.")

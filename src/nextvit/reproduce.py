@@ -32,6 +32,7 @@ from nextvit.formats import format_named
 from nextvit.networks import Network, of_size
 from nextvit.paper import ANCHOR, SIZES, Claim, PaperRow
 from nextvit.progress import say
+from nextvit.runtime.coreml_session import not_here
 from nextvit.runtime.open import open_session
 from nextvit.runtime.session import Session
 from nextvit.runtime.torch_session import TorchSession
@@ -45,6 +46,7 @@ SETUPS = (  # runtime and precision, in the order in which they are measured
     ("openvino", "fp32"),
     ("openvino", "bf16"),
     ("openvino", "int8"),
+    ("coreml", "fp16"),
 )
 R = TypeVar("R", bound="DataclassInstance")
 ROUNDS = 12  # of 8, the fewest that there can be, an interval of 99 % is all that was measured
@@ -65,6 +67,8 @@ def chosen_setups(runtimes: Sequence[str], precisions: Sequence[str]) -> list[tu
     chosen = [(runtime, precision) for runtime, precision in SETUPS if runtime in runtimes and precision in precisions]
     if "bf16" not in fast_precisions(pick_device("cpu")):
         chosen = [setup for setup in chosen if setup[1] != "bf16"]
+    if any(runtime == "coreml" for runtime, _ in chosen) and (why := not_here()):
+        raise UserError(f"CoreML {why}; leave it out of the runtimes.")
     if not chosen:
         raise UserError("none of these runtimes has one of these precisions here; fp32 runs everywhere.")
     return chosen
@@ -229,14 +233,16 @@ class Sessions:
             session = TorchSession(self.network, device="cpu", threads=self.threads, precision=precision, kind="eager")
             session.metadata = session.metadata.with_image_size(self.image_size)
             return session
-        suffix, kind = format_named(runtime).suffix, "int8" if precision == "int8" else "float"
-        path = self.stem.with_name(f"{self.stem.name}-{kind}{suffix}")
+        kind = precision if precision in ("int8", "fp16") else "fp32"  # bf16 is how a file of fp32 is computed
+        path = self.stem.with_name(f"{self.stem.name}-{kind}{format_named(runtime).suffix}")
         if not path.exists():
-            images = [image.rotate(90 * turn) for turn in range(2) for image in real_images()]  # enough for ranges
-            how = {"precision": "int8", "calibration": images, "max_drop": None} if kind == "int8" else {}
-            export(self.network, path, image_size=self.image_size, **how)  # type: ignore[arg-type]
-        chosen = None if kind == "int8" else precision
-        return open_session(path, device="cpu", threads=self.threads, precision=chosen, trust=True)
+            images = [image.rotate(90 * turn) for turn in range(3) for image in real_images()]  # enough for ranges
+            calibration = images if kind == "int8" else None
+            size = self.image_size
+            export(self.network, path, image_size=size, precision=kind, calibration=calibration, max_drop=None)
+        chosen = precision if kind == "fp32" else None
+        device = "auto" if runtime == "coreml" else "cpu"  # all of a Mac's compute units
+        return open_session(path, device=device, threads=self.threads, precision=chosen, trust=True)
 
 
 def _measured(

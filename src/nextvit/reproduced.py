@@ -2,12 +2,26 @@
 
 import csv
 import datetime
+import math
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nextvit import __version__, plots, report
+from nextvit.accuracies import (
+    AS_PRINTED,
+    DEMO,
+    Kind,
+    Score,
+    Study,
+    evaluate_networks,
+    of_row,
+    read_scores,
+    told,
+    train_networks,
+)
 from nextvit.equal_latency import Depth, at_depths, of_equal_latency
 from nextvit.errors import UserError
 from nextvit.files import write_rows, write_text
@@ -39,6 +53,10 @@ TITLES = {
     "table9": "Table 9: norm and activation; its figures are lost",
 }
 PRINTED = {"tensorrt_ms": "TensorRT, ms (printed)", "coreml_ms": "CoreML, ms (printed)"}
+PROXY_NOTE = (
+    "A proxy: the network was trained for a minute on the images that ship with the package, alike for all rows; mean "
+    "and standard deviation over the seeds. It tells what is learnt fast, not what a training on ImageNet comes to."
+)
 FEWEST_RANKED = 5  # rows that an order is told of
 OURS = "Next-ViT"
 EQUAL = ("table1", "table2", "table7")  # whose networks are brought to one latency
@@ -71,18 +89,22 @@ def _why(row: PaperRow, one: Count) -> str:
     return one.why or (EXPLAINED.get((row.table, row.key, one.column), "") if one.differs else "")
 
 
-def latency_rows(rows: Sequence[PaperRow], found: Sequence[Latency]) -> list[dict[str, object]]:
-    """A line a network: printed latencies and accuracies, and what was measured on each runtime."""
+def latency_rows(
+    rows: Sequence[PaperRow], found: Sequence[Latency], scores: Sequence[Score] = ()
+) -> list[dict[str, object]]:
+    """A line a network: printed latencies and accuracies, and what was measured: accuracies, latencies by runtime."""
     by_row = {(one.row, *one.setup): one for one in found}
     setups = list(dict.fromkeys(one.setup for one in found))
     at_one_latency = rows[0].table in EQUAL  # nobody is faster there but by chance
     fronts = {setup: set() if at_one_latency else _front(rows, by_row, setup) for setup in setups}
+    kinds = _kinds(rows, scores)
     lines = []
     for row in rows:
         note = note_of(row.network)
         line: dict[str, object] = {"network": row.name + f" ({note})" * bool(note), "pixels": row.image_size}
-        line |= {told: row.printed.get(column, "-") for column, told in ACCURACY[row.table].items()}
-        line |= {told: row.printed.get(column, "-") for column, told in PRINTED.items()}
+        line |= {name: row.printed.get(column, "-") for column, name in ACCURACY[row.table].items()}
+        line |= {kind.title: told(of_row(row, scores, kind)) for kind in kinds}
+        line |= {name: row.printed.get(column, "-") for column, name in PRINTED.items()}
         for setup in setups:
             one = by_row.get((row.key, *setup))
             star = " *" if row.key in fronts[setup] else ""
@@ -91,19 +113,38 @@ def latency_rows(rows: Sequence[PaperRow], found: Sequence[Latency]) -> list[dic
     return lines
 
 
-def correlation_rows(rows: Sequence[PaperRow], found: Sequence[Latency]) -> list[dict[str, object]]:
-    """Spearman's rho between the printed latencies and those measured here, by runtime."""
+def _kinds(rows: Sequence[PaperRow], scores: Sequence[Score]) -> list[Kind]:
+    """The kinds of scores that these rows have."""
+    return [
+        kind for kind in dict.fromkeys(one.kind for one in scores) if any(of_row(row, scores, kind) for row in rows)
+    ]
+
+
+def order_rows(rows: Sequence[PaperRow], found: Sequence[Latency], scores: Sequence[Score]) -> list[dict[str, object]]:
+    """Spearman's rho between what is printed and what was measured here: latencies by runtime, mean accuracies."""
+    known = {row.key: row for row in rows if not note_of(row.network)}
     lines = []
-    for setup in dict.fromkeys(one.setup for one in found):
-        here = {one.row: one.ratio for one in found if one.setup == setup and one.ratio is not None}
-        line: dict[str, object] = {"runtime": _named(setup)}
-        for column, told in PRINTED.items():
-            known = [row for row in rows if column in row.printed and row.key in here and not note_of(row.network)]
-            pairs = [(row.printed[column], here[row.key]) for row in known]
-            enough = len(pairs) >= FEWEST_RANKED
-            line[told] = f"{rank_correlation(*zip(*pairs, strict=True)):.2f} ({len(pairs)} rows)" if enough else "-"
-        lines.append(line)
-    return lines
+    if rows[0].table not in EQUAL:
+        for setup in dict.fromkeys(one.setup for one in found):
+            here = {one.row: one.ratio for one in found if one.setup == setup and one.ratio is not None}
+            lines += [_order(_named(setup), name, column, known, here) for column, name in PRINTED.items()]
+    for kind in _kinds(rows, scores):
+        means = {key: statistics.mean(of_row(row, scores, kind) or [math.nan]) for key, row in known.items()}
+        here = {key: mean for key, mean in means.items() if not math.isnan(mean)}
+        columns = {column: name for column, name in ACCURACY[rows[0].table].items() if column in AS_PRINTED[kind[:2]]}
+        lines += [_order(kind.title, name, column, known, here) for column, name in columns.items()]
+    return [line for line in lines if line]
+
+
+def _order(
+    here_name: str, name: str, column: str, known: Mapping[str, PaperRow], here: Mapping[str, float]
+) -> dict[str, object]:
+    """A line, of rows that have both; nothing where they are too few to tell."""
+    pairs = [(row.printed[column], here[key]) for key, row in known.items() if column in row.printed and key in here]
+    if len(pairs) < FEWEST_RANKED:
+        return {}
+    rho = rank_correlation(*zip(*pairs, strict=True))
+    return {"here": here_name, "printed": name, "Spearman's rho": f"{rho:.2f}", "rows": len(pairs)}
 
 
 def claim_rows(verdicts: Sequence[Held]) -> list[dict[str, object]]:
@@ -122,16 +163,24 @@ def claim_rows(verdicts: Sequence[Held]) -> list[dict[str, object]]:
 
 @dataclass(frozen=True)
 class Rerun:
-    """What came of a table: its rows, with the depths of ablations, what was counted and measured, and the page."""
+    """What is known of a table: its rows, the depths of ablations, and what was counted, measured and trained."""
 
+    table: str
     rows: Sequence[PaperRow]
     counted: Sequence[Sequence[Count]]
     found: Sequence[Latency]
+    scores: Sequence[Score]
+    depths: Sequence[Depth]
     page: Path
 
     def lines(self) -> list[dict[str, object]]:
-        """For a terminal: latencies, or where there are none costs."""
-        return latency_rows(self.rows, self.found) if self.found else count_rows(self.rows, self.counted)
+        """For a terminal: what was measured, or where there is nothing costs."""
+        return measured_rows(self) or count_rows(self.rows, self.counted)
+
+
+def measured_rows(one: Rerun) -> list[dict[str, object]]:
+    """Latencies and accuracies, a line a network; none where nothing was measured."""
+    return latency_rows(one.rows, one.found, one.scores) if one.found or _kinds(one.rows, one.scores) else []
 
 
 def rerun(
@@ -144,77 +193,83 @@ def rerun(
     threads: int | None,
     rounds: int,
     costs_alone: bool,
+    study: Study | None = None,
+    evaluated: tuple[str, Path | None] | None = None,
 ) -> Rerun:
-    """Count and measure rows of a table, and write its files into a folder; what that has is not measured again.
+    """Count, measure and train rows of a table, and write its files into a folder; what that has is not done again.
 
-    Ablations are brought to one latency first, on the last runtime in its first precision. costs_alone: nothing is
-    searched or measured; what the folder has is shown.
+    Ablations are brought to one latency first, on the last runtime in its first precision. costs_alone: no latency is
+    searched or measured. study: what the networks are trained on; None: they are not. evaluated: the images, and the
+    folder of weights, that they are evaluated with. What comes back has these rows, and all others of the table that
+    the folder has something of.
     """
+    shown: Sequence[PaperRow] = paper_rows(table)
     depths: list[Depth] = []
     if table in ABLATION_TABLES:
         file = folder / f"{table}-depths.csv"
         setup = next(setup for setup in setups if setup[0] == setups[-1][0])
-        if costs_alone:
-            rows, depths = at_depths(rows, read_records(file, Depth), setup)
-        else:
-            rows, depths = of_equal_latency(rows, file, setup, threads=threads, rounds=rounds)
+        if not costs_alone:
+            of_equal_latency(rows, file, setup, threads=threads, rounds=rounds)
+        rows, _ = at_depths(rows, read_records(file, Depth), setup)
+        shown, depths = at_depths(shown, read_records(file, Depth), setup)
     place = folder / f"measured-{table if table in ABLATION_TABLES else SIZES[table]}.csv"  # 5 and 6 share theirs
     if not costs_alone:
         measure(rows, place, setups=setups, batches=batches, threads=threads, rounds=rounds)
-    keys = {row.key for row in rows}
-    found = [one for one in read_latencies(place) if one.row in keys]
-    counted = [counts(row) for row in track(rows, total=len(rows), label=f"count {table}")]
-    return Rerun(rows, counted, found, write_reproduction(table, rows, counted, found, folder, depths))
+    if study is not None:
+        train_networks(rows, study, folder)
+    if evaluated is not None:
+        evaluate_networks(rows, *evaluated, folder)
+    found, scores = read_latencies(place), read_scores(folder)
+    there = {row.key for row in rows} | {one.row for one in found}
+    shown = [row for row in shown if row.key in there or _kinds([row], scores)]
+    found = [one for one in found if one.row in {row.key for row in shown}]
+    counted = [counts(row) for row in track(shown, total=len(shown), label=f"count {table}")]
+    one = Rerun(table, shown, counted, found, scores, depths, folder / f"{table}.html")
+    write_reproduction(one, folder)
+    return one
 
 
-def write_reproduction(
-    table: str,
-    rows: Sequence[PaperRow],
-    counted: Sequence[Sequence[Count]],
-    found: Sequence[Latency],
-    folder: Path,
-    depths: Sequence[Depth] = (),
-) -> Path:
-    """All files of a table in a folder; returns its page. depths: of ablations, as they were searched."""
-    costs, claims = count_rows(rows, counted), claim_rows(held(CLAIMS, rows, found))
+def write_reproduction(one: Rerun, folder: Path) -> None:
+    """All files of a table in a folder, its page among them."""
+    table, rows, found = one.table, one.rows, one.found
+    costs, claims = count_rows(rows, one.counted), claim_rows(held(CLAIMS, rows, found))
     flagged = [line for line in costs if line["flag"] or line["counted"] == "-"]
     write_rows(folder / f"{table}-costs.csv", costs)
     where = f"{found[0].machine}; {found[0].threads} threads" if found else machine()
+    kinds = _kinds(rows, one.scores)
     parts = [
         report.paragraph(
-            f"{len(rows)} rows; {where}; {datetime.date.today().isoformat()}. "
-            f"Accuracies are the paper's. {ANCHOR} was measured beside every "
-            "network, and the ratio is to it, with a 99 % interval of its median; * no row here is both faster and "
-            "better."
+            f"{len(rows)} rows; {where}; {datetime.date.today().isoformat()}. Accuracies are the paper's"
+            f"{', but for those that say proxy or here' * bool(kinds)}. {ANCHOR} was measured beside every network, "
+            "and the ratio is to it, with a 99 % interval of its median; * no row here is both faster and better."
         )
     ]
-    if found:
-        lines = latency_rows(rows, found)
+    if lines := measured_rows(one):
         write_rows(folder / f"{table}-latency.csv", lines)
-        if table in TABLES:
+        if table in TABLES and found:
             picture = folder / f"{table}-tradeoff.png"
             trade_off(table, rows, found, picture)
             parts += [report.picture(picture, "accuracy against latency")] if picture.exists() else []
         parts.append(report.html_table(lines))
-        if depths:
-            parts.append(report.heading("Depths that come nearest to the reference's latency"))
-            parts.append(
-                report.html_table([{**asdict(one), "within 3 %": "yes" if one.ok else "no"} for one in depths])
-            )
-        if table not in EQUAL:
-            parts += [report.heading("Is the order the paper's?"), report.html_table(correlation_rows(rows, found))]
-        if claims:
-            write_rows(folder / f"{table}-claims.csv", claims)
-            parts += [report.heading("Claims of the text"), report.html_table(claims)]
+    if any(kind.data == DEMO for kind in kinds):
+        parts.append(report.paragraph(PROXY_NOTE, "note"))
+    if one.depths:
+        parts.append(report.heading("Depths that come nearest to the reference's latency"))
+        within = [{**asdict(depth), "within 3 %": "yes" if depth.ok else "no"} for depth in one.depths]
+        parts.append(report.html_table(within))
+    if orders := order_rows(rows, found, one.scores):
+        write_rows(folder / f"{table}-orders.csv", orders)
+        parts += [report.heading("Is the order the paper's?"), report.html_table(orders)]
+    if claims:
+        write_rows(folder / f"{table}-claims.csv", claims)
+        parts += [report.heading("Claims of the text"), report.html_table(claims)]
     parts += [
         report.heading("Parameters (millions) and operations (10^9 multiply-adds)"),
         report.paragraph(f"{len(flagged)} of {len(costs)} figures differ by more than 2 %, or cannot be counted."),
         report.html_table(costs),
         report.paragraph(f"nextvit {__version__}", "note"),
     ]
-    page = folder / f"{table}.html"
-    report.write_html(page, TITLES[table], parts)
-    return page
+    report.write_html(one.page, TITLES[table], parts)
 
 
 def trade_off(table: str, rows: Sequence[PaperRow], found: Sequence[Latency], path: Path) -> None:
@@ -316,14 +371,14 @@ def write_readme(folder: Path) -> None:
     if (folder / "figure1.png").exists():
         parts.append("## Figure 1\n\n![accuracy against latency](figure1.png)")
     for table in sorted(TITLES):
-        files = {what: folder / f"{table}-{what}.csv" for what in ("latency", "claims", "depths", "costs")}
+        files = {what: folder / f"{table}-{what}.csv" for what in ("latency", "orders", "claims", "depths", "costs")}
         there = {what: _records(file) for what, file in files.items() if file.exists()}
         if not there:
             continue
         parts.append(f"## {TITLES[table]}")
         if (folder / f"{table}-tradeoff.png").exists():
             parts.append(f"![accuracy against latency]({table}-tradeoff.png)")
-        parts += [_markdown(there[what]) for what in ("latency", "claims") if there.get(what)]
+        parts += [_markdown(there[what]) for what in ("latency", "orders", "claims") if there.get(what)]
         if there.get("depths"):
             hidden = ("machine", "threads", "runtime", "precision")
             parts.append(_markdown([{k: v for k, v in one.items() if k not in hidden} for one in there["depths"]]))
@@ -356,4 +411,6 @@ def summary(one: Rerun) -> dict[str, object]:
         for row, some in zip(one.rows, one.counted, strict=True)
         for cost in some
     ]
-    return {"costs": costs, "latencies": [asdict(latency) for latency in one.found]}
+    networks = {row.network for row in one.rows}
+    scores = [asdict(score) for score in one.scores if score.network in networks]
+    return {"costs": costs, "latencies": [asdict(latency) for latency in one.found], "accuracies": scores}

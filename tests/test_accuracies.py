@@ -1,0 +1,245 @@
+"""Accuracies of the tables' rows: trained alike, kept when known, never twice; or of weights that are there."""
+
+import csv
+import json
+import shutil
+import statistics
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nextvit import accuracies, create_model
+from nextvit.accuracies import (
+    GIVEN,
+    Kind,
+    Score,
+    evaluate_networks,
+    of_row,
+    read_scores,
+    study_of,
+    told,
+    train_networks,
+)
+from nextvit.data.demo_images import garments
+from nextvit.errors import UserError
+from nextvit.paper import PaperRow, paper_rows
+from nextvit.recipe import read_recipe
+from nextvit.reproduced import latency_rows, order_rows
+from nextvit.weights import save_weights
+from tests.conftest import fill, nextvit_here
+
+NANO = PaperRow("table8", "Nano", "nextvit_nano", 224, {"top1": 70.0})
+TINY = PaperRow("table8", "Other", "timm:resnet10t", 224, {"top1": 60.0})
+NONE = PaperRow("table8", "None", "timm:no_such_network", 224, {"top1": 50.0})
+
+
+@pytest.fixture
+def short(monkeypatch, tmp_path):
+    """Proxies of two steps."""
+    changes = {
+        "classify": "schedule: {epochs: 1, steps_per_epoch: 2}\nbatch_size: 8\nimages: {size: 32}\n",
+        "segment": "task: segment\nhead: fpn\nschedule: {epochs: 1, steps_per_epoch: 2}\nbatch_size: 2\n"
+        "crops: {size: 64, short_side: 64, long_side: 256}\n",
+        "detect": "task: detect\nhead: mask_rcnn\nschedule: {epochs: 1, steps_per_epoch: 2}\nbatch_size: 2\n"
+        "scenes: {short_sides: [64], long_side: 64}\n",
+    }
+    for task, text in changes.items():
+        file = tmp_path / f"{task}.yaml"
+        file.write_text(f"model: nextvit_nano\nweights: none\n{text}")
+        monkeypatch.setitem(accuracies.PROXY, task, str(file))
+    monkeypatch.setattr(accuracies, "SCENES", (8, 2))
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """Three images of each garment, to judge by and to train on."""
+    folder = tmp_path_factory.mktemp("few") / "clothes"
+    for split in ("train", "val"):
+        for label, tiles in garments(split).items():
+            (folder / split / label).mkdir(parents=True)
+            for index, tile in enumerate(tiles[:3]):
+                tile.save(folder / split / label / f"{index}.png")
+    return folder
+
+
+# ---- trained ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_row_is_trained_once_from_every_seed(short, tmp_path, monkeypatch, few):
+    study = study_of(["demo"], ["classify"], 2)
+    monkeypatch.setattr(accuracies, "default_eval_split", lambda data, task: "val")  # 500 images, not 2,000
+    found = train_networks([NANO, TINY, NONE, NANO], study, tmp_path)
+    there = {(one.network, one.seed): one for one in found}
+    assert set(there) == {(row.network, seed) for row in (NANO, TINY, NONE) for seed in (0, 1)}
+    for row in (NANO, TINY):
+        for seed in (0, 1):
+            one = there[row.network, seed]
+            assert 0 <= one.percent <= 100
+            assert one.seconds > 0
+    assert there[NONE.network, 0].percent is None
+    assert "no_such_network" in there[NONE.network, 0].why
+    assert not list((tmp_path / "runs").glob("nextvit*"))  # proxies leave no weights behind
+
+    def fail(*arguments, **more):
+        raise AssertionError("it was trained again")
+
+    monkeypatch.setattr(accuracies, "train", fail)
+    assert train_networks([NANO, TINY], study, tmp_path) == found
+    again = train_networks([NANO], study_of(["demo"], ["classify"], 1), tmp_path)
+    assert again == found
+
+
+def test_the_same_seed_gives_the_same_figure(short, tmp_path, monkeypatch):
+    monkeypatch.setattr(accuracies, "default_eval_split", lambda data, task: "val")
+    study = study_of(["demo"], ["classify"], 1)
+    first, second = (train_networks([NANO], study, tmp_path / name) for name in "ab")
+    assert [one.percent for one in first] == [one.percent for one in second]
+
+
+@pytest.mark.slow
+def test_dense_tasks_start_from_the_classifier_of_their_seed(short, tmp_path, monkeypatch):
+    begun = []
+    honest = accuracies.train
+
+    def noted(data, recipe, run, **more):
+        begun.append((recipe.task, recipe.weights, recipe.seed))
+        return honest(data, recipe, run, **more)
+
+    monkeypatch.setattr(accuracies, "train", noted)
+    found = train_networks([NANO], study_of(["demo"], ["detect", "segment"], 1), tmp_path)
+    assert [(one.task, one.head) for one in found] == [("classify", ""), ("segment", "fpn"), ("detect", "mask_rcnn")]
+    assert all(one.percent is not None for one in found), found
+    start = str(tmp_path / "runs" / "nextvit_nano-classify-0" / "model.safetensors")
+    assert begun == [("classify", "none", 0), ("segment", start, 0), ("detect", start, 0)]
+
+
+def test_a_real_set_is_trained_by_the_papers_recipe_and_its_run_is_kept(tmp_path, monkeypatch, few):
+    file = tmp_path / "in1k.yaml"
+    file.write_text("weights: none\nschedule: {epochs: 1, warmup_epochs: 0}\nbatch_size: 30\nimages: {size: 32}\n")
+    assert accuracies.REAL["classify"] == "in1k_300e"
+    monkeypatch.setitem(accuracies.REAL, "classify", str(file))
+    (one,) = train_networks([NANO], study_of([str(few)], ["classify"], None), tmp_path)
+    assert (one.data, one.seed, one.image_size) == (str(few), 0, 32)
+    left = tmp_path / "runs" / "nextvit_nano-classify-0"
+    assert {"recipe.yaml", "model.safetensors", "last.ckpt"} <= {path.name for path in left.iterdir()}
+
+
+def test_a_dense_task_without_a_classifier_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(accuracies, "task_of", lambda data: "segment")
+    (one,) = train_networks([NANO], study_of(["ade"], ["classify"], None), tmp_path)
+    assert one.percent is None
+    assert one.why == "it starts from a classifier of the same network and seed: --train IMAGENET --train ade"
+
+
+@pytest.mark.parametrize(
+    ("data", "tasks", "said"),
+    [
+        (["demo"], ["sing"], "there is no task 'sing'; take of classify, segment, detect"),
+        (["demo", "folder"], ["segment"], "the shipped images are for proxies"),
+        (["one", "two"], ["classify"], "one and two are both for the task classify"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(data, tasks, said):
+    with pytest.raises(UserError, match=said):
+        study_of(data, tasks, None)
+
+
+def test_a_proxy_has_three_seeds_and_the_recipes_are_short():
+    assert study_of(["demo"], ["classify"], None).seeds == 3
+    assert study_of(["folder"], ["classify"], None).seeds == 1
+    for task, name in accuracies.PROXY.items():
+        recipe = read_recipe(name)
+        assert recipe.task == task
+        assert recipe.schedule.epochs * recipe.schedule.steps_per_epoch <= 200
+
+
+# ---- of weights that are there ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A folder with weights of nano alone."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    model = fill(create_model("nextvit_nano", num_classes=10))
+    model.metadata = replace(model.metadata, labels=tuple(garments("val")))
+    save_weights(folder / "nextvit_nano.safetensors", model.state_dict(), model.metadata)
+    return folder
+
+
+def test_weights_are_evaluated_as_eval_does(tmp_path, few, weights):
+    rows = [PaperRow("table4", "Nano", "nextvit_nano", size, {}) for size in (224, 384)]
+    shutil.copy(weights / "nextvit_nano.safetensors", weights / "nextvit_nano-384.safetensors")
+    found = evaluate_networks([*rows, TINY], str(few), weights, tmp_path)
+    assert [(one.network, one.image_size) for one in found] == [("nextvit_nano", 224), ("nextvit_nano", 384)]
+    for row, one in zip(rows, found, strict=True):
+        file, size = weights / "nextvit_nano.safetensors", ("--image-size", row.image_size)
+        done = nextvit_here("eval", file, few, *size, "--json")
+        assert json.loads(done.stdout)["top1"] == pytest.approx(one.percent, abs=1e-3)
+        assert of_row(row, found, Kind("classify", "", str(few), GIVEN)) == [one.percent]
+
+
+def test_weights_that_do_not_fit_are_told_and_the_rest_goes_on(tmp_path, few, weights):
+    (weights / "timm-resnet10t.pth").write_bytes(b"no weights")
+    found = evaluate_networks([TINY, NANO], str(few), weights, tmp_path)
+    assert [one.percent is None for one in found] == [True, False]
+    assert "timm-resnet10t.pth" in found[0].why
+
+
+def test_two_files_for_a_row_are_not_chosen_from(tmp_path, few, weights):
+    torch.save({}, weights / "nextvit_nano.pth")
+    (one,) = evaluate_networks([NANO], str(few), weights, tmp_path)
+    assert "are both for Nano" in one.why
+
+
+@pytest.mark.parametrize("arguments", [("--weights", "."), ("--weights", "nowhere", "--evaluate", "demo")])
+def test_weights_are_a_folder_and_need_images(arguments, tmp_path):
+    done = nextvit_here("reproduce", "table8", "--costs", *arguments, "--output", tmp_path)
+    assert done.returncode == 2
+    assert "--weights is a folder of weight files, and goes with --evaluate DATA" in done.stderr
+
+
+# ---- told ------------------------------------------------------------------------------------------------------------
+
+
+def scores(**percents):
+    return [
+        Score(row.network, "classify", "demo", "proxy 0", seed, percent=value)
+        for row, values in zip(paper_rows("table8"), percents["of"], strict=True)
+        for seed, value in enumerate(values)
+    ]
+
+
+def test_a_row_tells_mean_and_standard_deviation_of_its_seeds():
+    assert told([]) == "-"
+    assert told([71.26]) == "71.3"
+    assert told([70.0, 71.0, 72.0]) == "71.0 ± 1.0 (3 seeds)"
+    rows = paper_rows("table8")
+    lines = latency_rows(rows, [], scores(of=[[60, 62], [61], [], [64], [63]]))
+    assert [line["top-1, %, a proxy"] for line in lines] == ["61.0 ± 1.4 (2 seeds)", "61.0", "-", "64.0", "63.0"]
+
+
+def test_the_order_of_means_is_compared_with_the_printed_one():
+    rows = paper_rows("table8")
+    printed = [row.printed["top1"] for row in rows]
+    same = [[value + 1, value - 1] for value in printed]
+    (line,) = order_rows(rows, [], scores(of=same))
+    assert (line["Spearman's rho"], line["rows"]) == ("1.00", 5)
+    (line,) = order_rows(rows, [], scores(of=[[-statistics.mean(values)] for values in same]))
+    assert line["Spearman's rho"] == "-1.00"
+    assert order_rows(rows, [], scores(of=[[1], [2], [3], [4], []])) == []  # four rows have no order to speak of
+
+
+def test_the_verb_shows_a_proxy_as_one(tmp_path, short, monkeypatch):
+    monkeypatch.setattr(accuracies, "default_eval_split", lambda data, task: "val")
+    asked = ("table8", "--costs", "--only", "0.5", "--train", "demo", "--seeds", 1, "--output", tmp_path)
+    done = nextvit_here("reproduce", *asked)
+    assert done.returncode == 0, done.stderr
+    assert "top-1, %, a proxy" in done.stdout
+    page = (tmp_path / "table8.html").read_text()
+    assert "trained for a minute on the images that ship" in page
+    with open(tmp_path / "accuracies.csv", newline="") as handle:
+        (row,) = csv.DictReader(handle)
+    assert row["network"] == "table8_r050"
+    assert read_scores(tmp_path)[0].percent == float(row["percent"])
