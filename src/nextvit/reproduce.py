@@ -290,7 +290,7 @@ def _calibrate(network: Network, image_size: int) -> None:
         norm.reset_running_stats()
         norm.momentum = None  # the mean of all batches, and not of the first values too
     p = network.metadata.with_image_size(image_size).preprocess
-    images = np.stack([preprocess(image, p) for image in real_images()[:8]])
+    images = np.stack([preprocess(image, p) for image in real_images()])
     network.train()
     with torch.no_grad():
         network(torch.from_numpy(images))
