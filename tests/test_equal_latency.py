@@ -1,11 +1,17 @@
 """The search for a depth: on latencies that are known, with steps finer and coarser than the tolerance, and noise."""
 
 import random
+from dataclasses import asdict
 
 import pytest
 
+from nextvit import equal_latency as equal
 from nextvit.ablations import ABLATIONS
-from nextvit.equal_latency import TOLERANCE, equal_latency
+from nextvit.equal_latency import TOLERANCE, Depth, at_depths, equal_latency, of_equal_latency
+from nextvit.errors import UserError
+from nextvit.files import write_rows
+from nextvit.paper import paper_rows
+from nextvit.reproduce import read_records
 
 SEARCHED = [a for a in ABLATIONS if a.reference]
 
@@ -42,3 +48,59 @@ def test_each_depth_is_measured_once():
     asked = []
     equal_latency(lambda n, m: asked.append((n, m)) or 0.45 + 0.13 * n + 0.04 * m, SEARCHED[0].can_have, 12)
     assert len(asked) == len(set(asked))
+
+
+# ---- of a table's rows, and what is kept -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def known_device(monkeypatch):
+    """A machine whose latencies are counted, not measured: a block of stage 3 costs 0.04 of the reference's."""
+    asked = []
+
+    def counted(opened, reference, rounds, third, more):
+        network, _ = opened(third, more)
+        asked.append(network)
+        if network.startswith("table1_cctt"):
+            raise RuntimeError("this runtime has no such operator\nand more")
+        return 0.5 + 0.04 * third + 0.05 * more
+
+    monkeypatch.setattr(equal, "_ratio", counted)
+    monkeypatch.setattr(equal, "_opened", lambda a, stem, runtime, precision, threads, n, m: (a.at(n, m).name, None))
+    monkeypatch.setattr(equal, "Sessions", lambda *arguments: lambda runtime, precision: None)
+    monkeypatch.setattr(equal, "create_model", lambda name: name)
+    return asked
+
+
+def test_depths_are_kept_and_not_searched_again(known_device, tmp_path, capsys):
+    rows, file = paper_rows("table1"), tmp_path / "table1-depths.csv"
+    found, depths = of_equal_latency(rows, file, ("torch", "fp32"), threads=1)
+    searched = [row for row in rows if row.network != "table1_cctt"]
+    assert len(depths) == len(searched) == len(rows) - 1
+    assert all(0.97 <= depth.ratio <= 1.03 and depth.ok for depth in depths)
+    assert {depth.network for depth in depths} | {"table1_cctt"} == {row.network for row in found}
+    for row, depth in zip((row for row in found if row.network != "table1_cctt"), depths, strict=True):
+        assert f"{depth.third} blocks" in row.name
+        assert row.printed == next(r for r in rows if r.network == depth.network.partition("@")[0]).printed
+    assert "table1_cctt keeps its usual depth: this runtime has no such operator" in capsys.readouterr().err
+
+    before = len(known_device)
+    again, same = of_equal_latency(rows, file, ("torch", "fp32"), threads=1)
+    assert (again, same) == (found, depths)
+    assert len(known_device) == before + 1  # the one that failed was tried again
+    assert at_depths(rows, read_records(file, Depth), ("torch", "fp32")) == (found, depths)
+    assert at_depths(rows, read_records(file, Depth), ("onnx", "fp32")) == (list(rows), [])  # of another runtime
+
+
+def test_rows_without_a_reference_keep_their_depth(known_device, tmp_path):
+    rows = paper_rows("table8")
+    assert of_equal_latency(rows, tmp_path / "d.csv", ("torch", "fp32"), threads=1) == (list(rows), [])
+    assert known_device == []
+
+
+def test_depths_of_another_machine_are_refused(tmp_path):
+    file = tmp_path / "d.csv"
+    other = Depth("table1_cccc", "nextvit_small", "torch", "fp32", "another", 1, 15, 0, 1.0, 1)
+    write_rows(file, [asdict(other)])
+    with pytest.raises(UserError, match="was measured on another, with 1 threads, and not on"):
+        of_equal_latency(paper_rows("table1"), file, ("torch", "fp32"), threads=1)
