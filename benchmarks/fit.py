@@ -48,22 +48,25 @@ def main() -> None:
     asked = parser.parse_args()
     ((runtime, precision),) = chosen_setups([asked.device_runtime], [asked.precision])
     device = Device(runtime, precision, cpu_count(), machine())
-    done: list[dict[str, object]] = []
+    here = {"machine": device.machine, "threads": str(device.threads), "runtime": runtime, "precision": precision}
+    done: list[dict[str, str]] = []
     if asked.output.exists():
         with open(asked.output, encoding="utf-8", newline="") as handle:
             done = list(csv.DictReader(handle))
     networks = drawn(asked.count, asked.frames, asked.sizes, asked.seed)
     for number, (c, size) in enumerate(networks, 1):
-        if (c.name, str(size), precision) in {(row["network"], str(row["pixels"]), row["precision"]) for row in done}:
+        if any({**row, **here, "network": c.name, "pixels": str(size)} == row for row in done):
             continue
         times, counted = latencies(device, c.frame, size, MIX, asked.rounds), operations(c.frame, size, MIX)
         found = build(Candidate(c, size, times.of(c), counted.of(c), 0.0), device, asked.rounds)
         row = fitted_row(found)
         del row["promise"]
-        done.append({"runtime": runtime, "precision": precision, **row})
+        done.append({**here, **{key: str(value) for key, value in row.items()}})
         write_rows(asked.output, done)
         say(f"{number} of {len(networks)}: {row}")
-    errors = np.array([float(str(row["error"]).rstrip("%")) for row in done])
+    drawn_here = {(c.name, str(size)) for c, size in networks}
+    shown = [row for row in done if {**row, **here} == row and (row["network"], row["pixels"]) in drawn_here]
+    errors = np.array([float(row["error"].rstrip("%")) for row in shown])
     near = int((abs(errors) <= 100 * NEAR).sum())
     print(f"{near} of {len(errors)} predictions are within {NEAR:.0%} of what was measured; median error ", end="")
     print(f"{np.median(errors):+.1f} %, of its size {np.median(abs(errors)):.1f} %, largest {abs(errors).max():.1f} %")

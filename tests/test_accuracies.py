@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import shutil
+import signal
 import statistics
 from dataclasses import replace
 
@@ -10,11 +12,13 @@ import pytest
 import torch
 
 from nextvit import accuracies, create_model
+from nextvit import train as training
 from nextvit.accuracies import (
     GIVEN,
     Kind,
     Score,
     evaluate_networks,
+    kinds_of,
     of_row,
     read_scores,
     study_of,
@@ -22,11 +26,12 @@ from nextvit.accuracies import (
     train_networks,
 )
 from nextvit.data.demo_images import garments
-from nextvit.errors import UserError
+from nextvit.data.scenes import GROUPS, scenes_folder
+from nextvit.errors import Interrupted, UserError
 from nextvit.paper import PaperRow, paper_rows
 from nextvit.recipe import read_recipe
 from nextvit.reproduced import latency_rows, order_rows
-from nextvit.weights import save_weights
+from nextvit.weights import read_weights, save_weights
 from tests.conftest import fill, nextvit_here
 
 NANO = PaperRow("table8", "Nano", "nextvit_nano", 224, {"top1": 70.0})
@@ -46,7 +51,7 @@ def short(monkeypatch, tmp_path):
     }
     for task, text in changes.items():
         file = tmp_path / f"{task}.yaml"
-        file.write_text(f"model: nextvit_nano\nweights: none\n{text}")
+        file.write_text(f"model: nextvit_nano\nweights: none\ndrop_path: 0.0\n{text}")
         monkeypatch.setitem(accuracies.PROXY, task, str(file))
     monkeypatch.setattr(accuracies, "SCENES", (8, 2))
 
@@ -76,10 +81,9 @@ def test_every_row_is_trained_once_from_every_seed(short, tmp_path, monkeypatch,
         for seed in (0, 1):
             one = there[row.network, seed]
             assert 0 <= one.percent <= 100
-            assert one.seconds > 0
     assert there[NONE.network, 0].percent is None
     assert "no_such_network" in there[NONE.network, 0].why
-    assert not list((tmp_path / "runs").glob("nextvit*"))  # proxies leave no weights behind
+    assert not list((tmp_path / "runs").iterdir())  # proxies leave no weights behind
 
     def fail(*arguments, **more):
         raise AssertionError("it was trained again")
@@ -92,9 +96,19 @@ def test_every_row_is_trained_once_from_every_seed(short, tmp_path, monkeypatch,
 
 def test_the_same_seed_gives_the_same_figure(short, tmp_path, monkeypatch):
     monkeypatch.setattr(accuracies, "default_eval_split", lambda data, task: "val")
-    study = study_of(["demo"], ["classify"], 1)
+    study, weights = study_of(["demo"], ["classify"], 1), []
+    honest = accuracies.train
+
+    def noted(data, recipe, run, **more):
+        found = honest(data, recipe, run, **more)
+        weights.append(read_weights(run / "model.safetensors").tensors)
+        return found
+
+    monkeypatch.setattr(accuracies, "train", noted)
     first, second = (train_networks([NANO], study, tmp_path / name) for name in "ab")
     assert [one.percent for one in first] == [one.percent for one in second]
+    for name, tensor in weights[0].items():
+        assert torch.equal(tensor, weights[1][name]), name
 
 
 @pytest.mark.slow
@@ -106,12 +120,16 @@ def test_dense_tasks_start_from_the_classifier_of_their_seed(short, tmp_path, mo
         begun.append((recipe.task, recipe.weights, recipe.seed))
         return honest(data, recipe, run, **more)
 
+    kept = tmp_path / "runs" / "nextvit_nano-in1k_300e-0"  # of another training: it is none of theirs
+    kept.mkdir(parents=True)
+
     monkeypatch.setattr(accuracies, "train", noted)
     found = train_networks([NANO], study_of(["demo"], ["detect", "segment"], 1), tmp_path)
     assert [(one.task, one.head) for one in found] == [("classify", ""), ("segment", "fpn"), ("detect", "mask_rcnn")]
     assert all(one.percent is not None for one in found), found
-    start = str(tmp_path / "runs" / "nextvit_nano-classify-0" / "model.safetensors")
+    start = str(tmp_path / "runs" / "nextvit_nano-classify-0" / "model.safetensors")  # the recipe here is classify.yaml
     assert begun == [("classify", "none", 0), ("segment", start, 0), ("detect", start, 0)]
+    assert list((tmp_path / "runs").iterdir()) == [kept]
 
 
 def test_a_real_set_is_trained_by_the_papers_recipe_and_its_run_is_kept(tmp_path, monkeypatch, few):
@@ -119,25 +137,81 @@ def test_a_real_set_is_trained_by_the_papers_recipe_and_its_run_is_kept(tmp_path
     file.write_text("weights: none\nschedule: {epochs: 1, warmup_epochs: 0}\nbatch_size: 30\nimages: {size: 32}\n")
     assert accuracies.REAL["classify"] == "in1k_300e"
     monkeypatch.setitem(accuracies.REAL, "classify", str(file))
-    (one,) = train_networks([NANO], study_of([str(few)], ["classify"], None), tmp_path)
+    study = study_of([str(few)])
+    (one,) = train_networks([NANO], study, tmp_path)
     assert (one.data, one.seed, one.image_size) == (str(few), 0, 32)
-    left = tmp_path / "runs" / "nextvit_nano-classify-0"
+    left = tmp_path / "runs" / "nextvit_nano-in1k-0"
     assert {"recipe.yaml", "model.safetensors", "last.ckpt"} <= {path.name for path in left.iterdir()}
+    assert of_row(NANO, [one], one.kind) == []  # a row of 224 pixels tells nothing of 32
+    assert of_row(replace(NANO, image_size=32), [one], one.kind) == [one]
+
+
+def test_a_training_that_was_stopped_goes_on(tmp_path, monkeypatch, few):
+    file = tmp_path / "in1k.yaml"
+    file.write_text("weights: none\nschedule: {epochs: 3, warmup_epochs: 0}\nbatch_size: 30\nimages: {size: 32}\n")
+    monkeypatch.setitem(accuracies.REAL, "classify", str(file))
+    study, honest, epochs = study_of([str(few)]), training.finish_epoch, []
+
+    def stop(run):
+        row = honest(run)
+        epochs.append(row.epoch)
+        if len(epochs) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return row
+
+    monkeypatch.setattr(training, "finish_epoch", stop)
+    with pytest.raises(Interrupted, match="go on with the same command"):
+        train_networks([NANO], study, tmp_path)
+    assert read_scores(tmp_path) == []
+    (one,) = train_networks([NANO], study, tmp_path)
+    assert epochs == [1, 2, 3]
+    whole = tmp_path / "whole"
+    assert train_networks([NANO], study, whole)[0].percent == one.percent
+
+
+def test_a_run_that_came_to_nothing_is_begun_again(tmp_path, short, monkeypatch):
+    monkeypatch.setattr(accuracies, "default_eval_split", lambda data, task: "val")
+    left = tmp_path / "runs" / "nextvit_nano-classify-0"
+    left.mkdir(parents=True)
+    (left / "recipe.yaml").write_text("of a run that was killed\n")
+    (one,) = train_networks([NANO], study_of(["demo"], seeds=1), tmp_path)
+    assert one.percent is not None
+
+
+def test_a_failure_does_not_take_the_place_of_a_figure(tmp_path, short, monkeypatch):
+    known = study_of(["demo"], seeds=1).unknown("nextvit_nano", 0, "classify")
+    accuracies._keep(replace(known, percent=71.0), tmp_path)
+
+    def fail(*arguments, **more):
+        raise UserError("memory is short")
+
+    monkeypatch.setattr(accuracies, "train", fail)
+    found = train_networks([NANO], study_of(["demo"], ["segment"], 1), tmp_path)
+    assert [(one.task, one.percent) for one in found] == [("classify", 71.0), ("segment", None)]
+    assert told(found[1:]).startswith("not known: it starts from a classifier")
+
+
+def test_the_shipped_proxy_is_for_networks_of_others_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(accuracies, "default_eval_split", lambda data, task: "val")
+    cut = ["schedule.steps_per_epoch=1", "batch_size=4", "images.size=32"]
+    (one,) = train_networks([TINY], study_of(["demo"], seeds=1, overrides=cut), tmp_path)
+    assert one.percent is not None, one.why
 
 
 def test_a_dense_task_without_a_classifier_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(accuracies, "task_of", lambda data: "segment")
-    (one,) = train_networks([NANO], study_of(["ade"], ["classify"], None), tmp_path)
+    study = study_of([str(scenes_folder(8, 2) / "ade20k")])
+    (one,) = train_networks([NANO], study, tmp_path)
     assert one.percent is None
-    assert one.why == "it starts from a classifier of the same network and seed: --train IMAGENET --train ade"
+    assert one.why.startswith("it starts from a classifier of the same network and seed: --train IMAGENET --train /")
 
 
 @pytest.mark.parametrize(
     ("data", "tasks", "said"),
     [
         (["demo"], ["sing"], "there is no task 'sing'; take of classify, segment, detect"),
-        (["demo", "folder"], ["segment"], "the shipped images are for proxies"),
-        (["one", "two"], ["classify"], "one and two are both for the task classify"),
+        (["demo", "demo"], ["classify"], "demo and demo are both for the task classify"),
+        (["nowhere"], [], "there is no folder"),
+        (["nowhere"], ["segment"], "leave --task out"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(data, tasks, said):
@@ -145,9 +219,20 @@ def test_what_cannot_be_trained_is_refused(data, tasks, said):
         study_of(data, tasks, None)
 
 
-def test_a_proxy_has_three_seeds_and_the_recipes_are_short():
-    assert study_of(["demo"], ["classify"], None).seeds == 3
-    assert study_of(["folder"], ["classify"], None).seeds == 1
+def test_proxies_and_real_trainings_are_not_mixed(few):
+    with pytest.raises(UserError, match="the shipped images are for proxies"):
+        study_of(["demo", str(few)], ["segment"])
+
+
+def test_torchrun_is_told_how(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="let torchrun start `nextvit train` with --output .*NETWORK-RECIPE-SEED"):
+        train_networks([NANO], study_of(["demo"]), tmp_path)
+
+
+def test_a_proxy_has_three_seeds_and_the_recipes_are_short(few):
+    assert study_of(["demo"]).seeds == 3
+    assert study_of([str(few)]).seeds == 1
     for task, name in accuracies.PROXY.items():
         recipe = read_recipe(name)
         assert recipe.task == task
@@ -169,7 +254,7 @@ def weights(tmp_path):
 
 
 def test_weights_are_evaluated_as_eval_does(tmp_path, few, weights):
-    rows = [PaperRow("table4", "Nano", "nextvit_nano", size, {}) for size in (224, 384)]
+    rows = [PaperRow("table4", "Nano", "nextvit_nano", size, {"top1": 1.0}) for size in (224, 384)]
     shutil.copy(weights / "nextvit_nano.safetensors", weights / "nextvit_nano-384.safetensors")
     found = evaluate_networks([*rows, TINY], str(few), weights, tmp_path)
     assert [(one.network, one.image_size) for one in found] == [("nextvit_nano", 224), ("nextvit_nano", 384)]
@@ -177,7 +262,37 @@ def test_weights_are_evaluated_as_eval_does(tmp_path, few, weights):
         file, size = weights / "nextvit_nano.safetensors", ("--image-size", row.image_size)
         done = nextvit_here("eval", file, few, *size, "--json")
         assert json.loads(done.stdout)["top1"] == pytest.approx(one.percent, abs=1e-3)
-        assert of_row(row, found, Kind("classify", "", str(few), GIVEN)) == [one.percent]
+        assert of_row(row, found, Kind("classify", "", str(few), GIVEN)) == [one]
+        assert one.source.startswith(f"nextvit_nano{'-384' * (row.image_size == 384)}.safetensors ")
+    fill(model := create_model("nextvit_nano", num_classes=10), 5000)
+    model.metadata = replace(model.metadata, labels=tuple(garments("val")))
+    save_weights(weights / "nextvit_nano.safetensors", model.state_dict(), model.metadata)
+    again = evaluate_networks(rows[:1], str(few), weights, tmp_path)
+    assert again[0].source != found[0].source  # what is asked for is evaluated anew
+    assert again[1:] == found[1:]
+
+
+def test_a_dense_file_is_of_the_row_it_is_named_for(tmp_path, weights):
+    model = create_model("nextvit_nano", task="segment", head="fpn", num_classes=6)
+    model.metadata = replace(model.metadata, labels=("background", *GROUPS))
+    for name in ("nextvit_nano-fpn", "nextvit_nano-upernet", "timm-resnet10t-fpn"):
+        save_weights(weights / f"{name}.safetensors", model.state_dict(), model.metadata)
+    found = evaluate_networks([NANO, TINY], str(scenes_folder(8, 2) / "ade20k"), weights, tmp_path)
+    assert [(one.network, one.head, one.percent is None) for one in found] == [
+        ("nextvit_nano", "fpn", False),
+        ("nextvit_nano", "upernet", True),
+        ("timm:resnet10t", "fpn", True),
+    ]
+    assert "is nextvit_nano with fpn, not nextvit_nano with upernet" in found[1].why
+
+
+def test_images_that_cannot_be_read_are_in_no_figure(tmp_path, few, weights):
+    folder = tmp_path / "clothes"
+    shutil.copytree(few, folder)
+    next((folder / "val").rglob("*.png")).write_bytes(b"no image")
+    (one,) = evaluate_networks([NANO], str(folder), weights, tmp_path)
+    assert one.percent is None
+    assert "1 images of" in one.why
 
 
 def test_weights_that_do_not_fit_are_told_and_the_rest_goes_on(tmp_path, few, weights):
@@ -203,18 +318,36 @@ def test_weights_are_a_folder_and_need_images(arguments, tmp_path):
 # ---- told ------------------------------------------------------------------------------------------------------------
 
 
-def scores(**percents):
+def test_one_kind_a_title_and_each_is_told_apart():
+    kinds = [
+        Kind("classify", "", "demo", "proxy 1"),
+        Kind("classify", "", "demo", "proxy 2"),
+        Kind("classify", "", "/a/imagenet", "in1k_300e 1"),
+        Kind("classify", "", "/a/imagenet", GIVEN),
+        Kind("classify", "", "/a/flowers", GIVEN),
+        Kind("segment", "fpn", "/a/ade", GIVEN),
+    ]
+    found = [Score("nextvit_nano", *kind[:1], *kind[2:], head=kind.head, image_size=224, percent=1.0) for kind in kinds]
+    assert kinds_of([NANO], found) == kinds[1:]
+    assert [kind.title for kind in kinds[1:]] == [
+        "top-1, %, a proxy",
+        "top-1, %, trained on imagenet",
+        "top-1, %, of weights on imagenet",
+        "top-1, %, of weights on flowers",
+        "mIoU, % with fpn, of weights on ade",
+    ]
+
+
+def scores(of):
     return [
         Score(row.network, "classify", "demo", "proxy 0", seed, percent=value)
-        for row, values in zip(paper_rows("table8"), percents["of"], strict=True)
+        for row, values in zip(paper_rows("table8"), of, strict=True)
         for seed, value in enumerate(values)
     ]
 
 
 def test_a_row_tells_mean_and_standard_deviation_of_its_seeds():
     assert told([]) == "-"
-    assert told([71.26]) == "71.3"
-    assert told([70.0, 71.0, 72.0]) == "71.0 ± 1.0 (3 seeds)"
     rows = paper_rows("table8")
     lines = latency_rows(rows, [], scores(of=[[60, 62], [61], [], [64], [63]]))
     assert [line["top-1, %, a proxy"] for line in lines] == ["61.0 ± 1.4 (2 seeds)", "61.0", "-", "64.0", "63.0"]

@@ -2,24 +2,23 @@
 recipes on real sets, or of weights that are there.
 """
 
+import hashlib
+import os
 import shutil
 import statistics
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
-from nextvit.checkpoints import LAST, WEIGHTS
+from nextvit.checkpoints import BEST, LAST, PREVIOUS, WEIGHTS
 from nextvit.create import open_checkpoint
 from nextvit.data.scenes import scenes_folder
-from nextvit.data.sets import TASKS, default_eval_split, read_split, task_of
-from nextvit.errors import OutOfMemory, UserError
+from nextvit.data.sets import TASKS, default_eval_split, read_split, split_names, task_of
+from nextvit.errors import DiskFull, Interrupted, UserError
 from nextvit.evaluate import AnyEvaluation, prepared_for
 from nextvit.files import write_rows
-from nextvit.foreign import FAULTS
+from nextvit.foreign import FAULTS, is_foreign
 from nextvit.learning import LEARNING, Loading
 from nextvit.metadata import HEADS
 from nextvit.networks import Network, of_size
@@ -27,7 +26,8 @@ from nextvit.paper import SIZES, PaperRow
 from nextvit.processes import ALONE
 from nextvit.progress import say
 from nextvit.recipe import Recipe, read_recipe
-from nextvit.reproduce import read_records
+from nextvit.reproduce import first_line, read_records
+from nextvit.run import Machine
 from nextvit.runtime.open import open_network
 from nextvit.runtime.torch_session import TorchSession
 from nextvit.train import train
@@ -37,18 +37,39 @@ DEMO = "demo"  # the images that ship with the package
 PROXY = {"classify": "proxy", "segment": "proxy_segment", "detect": "proxy_detect"}  # recipes for them
 REAL = {"classify": "in1k_300e", "segment": "fpn_80k", "detect": "maskrcnn_1x"}  # the paper's
 PROXY_SEEDS, REAL_SEEDS = 3, 1
+SCENES = (800, 60)  # of the shipped ones, to train a detector on and to judge it by: it takes a second for each
 METRIC = {"classify": "top1", "segment": "miou", "detect": "box_ap"}  # among the numbers of an evaluation
 TOLD = {"classify": "top-1, %", "segment": "mIoU, %", "detect": "box AP"}
 AS_PRINTED = {  # columns of the tables that have the same, by task and head
     ("classify", ""): ("top1",),
     ("segment", "fpn"): ("seg_miou", "fpn_miou"),
-    ("segment", "upernet"): ("upernet_miou_ms",),
+    ("segment", "upernet"): (),  # the paper's accuracies are of several scales
     ("detect", "mask_rcnn"): ("det_box_ap", "box_ap_1x"),
 }
-SCENES = (800, 60)  # of the shipped ones, to train a detector on and to judge it by: it takes a second for each
 BATCH = 32  # images, in evaluation
 GIVEN = "weights"  # what a score is of, that is not of a training
 RUNS = "runs"  # the folder of the trainings
+
+
+class Kind(NamedTuple):
+    """Scores that can be compared: see Score."""
+
+    task: str
+    head: str
+    data: str
+    of: str
+
+    @property
+    def proxy(self) -> bool:
+        return self.data == DEMO and self.of != GIVEN
+
+    @property
+    def title(self) -> str:
+        """Of a column."""
+        name = TOLD[self.task] + f" with {self.head}" * (self.task == "segment")
+        if self.proxy:
+            return f"{name}, a proxy"
+        return f"{name}, {'of weights' if self.of == GIVEN else 'trained'} on {Path(self.data).name}"
 
 
 @dataclass(frozen=True)
@@ -63,32 +84,16 @@ class Score:
     head: str = ""  # of a dense task
     image_size: int = 0  # pixels a side, of classification
     percent: float | None = None  # top-1, mIoU or box AP
-    seconds: float | None = None  # of training and evaluation
+    source: str = ""  # of GIVEN: the file, or the published tag
     why: str = ""
 
     @property
-    def key(self) -> "tuple[str, int, int, Kind]":
-        return self.network, self.seed, self.image_size, self.kind
-
-    @property
-    def kind(self) -> "Kind":
-        """What scores that can be compared have in common."""
+    def kind(self) -> Kind:
         return Kind(self.task, self.head, self.data, self.of)
 
-
-class Kind(NamedTuple):
-    """Scores that can be compared: see Score."""
-
-    task: str
-    head: str
-    data: str
-    of: str
-
     @property
-    def title(self) -> str:
-        """Of a column."""
-        name = TOLD[self.task] + f" with {self.head}" * (self.task == "segment")
-        return f"{name}, a proxy" if self.data == DEMO and self.of != GIVEN else f"{name}, here"
+    def key(self) -> tuple[str, int, int, Kind]:
+        return self.network, self.seed, self.image_size, self.kind
 
 
 @dataclass(frozen=True)
@@ -97,150 +102,211 @@ class Study:
 
     data: dict[str, str]
     seeds: int
+    overrides: tuple[str, ...] = ()  # of the recipes, key=value
 
     def recipe(self, task: str) -> Recipe:
-        return read_recipe(self.name(task))
+        return read_recipe(self.name(task), self.overrides)
 
     def name(self, task: str) -> str:
         return (PROXY if self.data[task] == DEMO else REAL)[task]
 
+    def unknown(self, network: str, seed: int, task: str) -> Score:
+        """A score that there is not yet."""
+        recipe = self.recipe(task)
+        of, head = f"{Path(self.name(task)).stem} {recipe.sha256[:8]}", recipe.head or HEADS[task][0]
+        size = recipe.side if task == "classify" else 0
+        return Score(network, task, self.data[task], of, seed, head, size)
 
-def study_of(data: Sequence[str], tasks: Sequence[str], seeds: int | None) -> Study:
-    """What `data` are for: folders for the task that they are laid out for, "demo" for `tasks`."""
+
+def study_of(
+    data: Sequence[str], tasks: Sequence[str] = (), seeds: int | None = None, overrides: Sequence[str] = ()
+) -> Study:
+    """What `data` are for: folders for the task that they are laid out for, "demo" for `tasks`, or classification."""
     if unknown := [task for task in tasks if task not in TASKS]:
         raise UserError(f"there is no task {unknown[0]!r}; take of {', '.join(TASKS)}.")
+    if tasks and DEMO not in data:
+        raise UserError("a folder is for the task that it is laid out for; leave --task out.")
     found: dict[str, str] = {}
     for place in data:
-        for task in tasks if place == DEMO else [task_of(place)]:
+        for task in (tasks or ["classify"]) if place == DEMO else [task_of(place)]:
             if task in found:
                 raise UserError(f"{found[task]} and {place} are both for the task {task}; leave one of them out.")
-            found[task] = place
-    if DEMO in found.values() and set(found.values()) != {DEMO}:
-        raise UserError("the shipped images are for proxies; train on them in a run of their own.")
-    if DEMO in found.values() and "classify" not in found:
+            found[task] = place if place == DEMO else _there(place, task)
+    if DEMO in found.values():
+        if set(found.values()) != {DEMO}:
+            raise UserError("the shipped images are for proxies; train on them in a run of their own.")
         found["classify"] = DEMO  # where the others start from
     usual = PROXY_SEEDS if DEMO in found.values() else REAL_SEEDS
-    return Study({task: found[task] for task in TASKS if task in found}, seeds or usual)
+    study = Study({task: found[task] for task in TASKS if task in found}, seeds or usual, tuple(overrides))
+    for task in study.data:
+        study.recipe(task)  # refused before anything is done
+    return study
+
+
+def _there(place: str, task: str) -> str:
+    """The folder, by its whole path; UserError where it has nothing for the task."""
+    split_names(place, task)
+    return str(Path(place).resolve())
 
 
 # ---- trained ---------------------------------------------------------------------------------------------------------
 
 
-def train_networks(rows: Sequence[PaperRow], study: Study, folder: Path) -> list[Score]:
+def train_networks(rows: Sequence[PaperRow], study: Study, folder: Path, threads: int | None = None) -> list[Score]:
     """Train the networks of these rows alike, keeping each score in accuracies.csv of `folder` when it is known.
 
     What is there is not trained again, and a training that was stopped goes on. A dense task starts from the network's
     own classifier of the same seed. Runs on real sets stay in runs/ of the folder; those of proxies go.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "reproduce trains in one process; let torchrun start `nextvit train` with --output "
+            f"{folder / RUNS}/NETWORK-RECIPE-SEED, and reproduce takes what it finds there."
+        )
     networks = list(dict.fromkeys(row.network for row in rows))
     wanted = [(network, seed) for network in networks for seed in range(study.seeds)]
     for number, (network, seed) in enumerate(wanted, 1):
-        there = {score.key for score in read_scores(folder) if score.percent is not None}
-        asked = {task: _named(network, seed, study, task).key for task in study.data}
-        if all(key in there for key in asked.values()):
+        if all(study.unknown(network, seed, task).key in _known(folder) for task in study.data):
             continue
         say(f"{number} of {len(wanted)}: train {network}, seed {seed}")
-        for score in _trained(network, seed, study, folder):
-            _keep(score, folder)
+        try:
+            for score in _trained(network, seed, study, folder, threads):
+                _keep(score, folder)
+        except Interrupted as stopped:
+            raise Interrupted(stopped.number, "saved; go on with the same command.") from stopped
     return read_scores(folder)
 
 
-def _named(network: str, seed: int, study: Study, task: str) -> Score:
-    """A score as yet unknown."""
-    recipe = study.recipe(task)
-    head = recipe.head or HEADS[task][0]
-    size = recipe.side if task == "classify" else 0
-    of = f"{study.name(task)} {recipe.sha256[:8]}"
-    return Score(network, task, study.data[task], of, seed, head, size)
-
-
-def _trained(network: str, seed: int, study: Study, folder: Path) -> Iterator[Score]:
-    classifier = _run_folder(folder, network, "classify", seed) / WEIGHTS
+def _trained(network: str, seed: int, study: Study, folder: Path, threads: int | None) -> Iterator[Score]:
+    """A score a task that is not known. Of a proxy what is known is trained again where another task starts from it."""
+    proxy = DEMO in study.data.values()
+    begun = []
     for task, data in study.data.items():
-        run, score, begun = _run_folder(folder, network, task, seed), _named(network, seed, study, task), time.time()
-        recipe = replace(study.recipe(task), model=network, seed=seed)
-        if task != "classify":
-            if not classifier.exists():
-                why = f"it starts from a classifier of the same network and seed: --train IMAGENET --train {data}"
-                yield replace(score, why=why)
-                continue
-            recipe = replace(recipe, weights=str(classifier))
+        score, recipe = study.unknown(network, seed, task), replace(study.recipe(task), model=network, seed=seed)
+        if score.key in _known(folder) and not (proxy and task == "classify"):
+            continue
+        run = run_folder(score, folder)
         try:
+            if task != "classify":
+                recipe = replace(recipe, weights=str(_classifier(score, study, folder)))
+            if is_foreign(network):  # what only ours have
+                recipe = replace(recipe, drop_path=None, optimizer=replace(recipe.optimizer, frozen_stages=0))
             place = str(scenes_folder(*SCENES) / "coco") if (data, task) == (DEMO, "detect") else data
-            validation = train(place, recipe, run, resume=(run / LAST).exists())
+            begun += [run] * proxy
+            resumed = any((run / name).exists() for name in (LAST, PREVIOUS, BEST))
+            if run.exists() and not resumed:
+                shutil.rmtree(run)  # it was stopped before it came to anything
+            validation = train(place, recipe, run, resume=resumed, machine=Machine(threads=threads))
             unseen = default_eval_split(place, task)
-            found = validation if unseen == "val" else evaluated(open_checkpoint(run / WEIGHTS), place)
-            percent = found.numbers[METRIC[task]]
-            yield replace(score, percent=round(percent, 3), seconds=round(time.time() - begun, 1))
-        except (*FAULTS, OutOfMemory) as error:
-            why = str(error).strip().splitlines()[0][:300]
-            say(f"{network}, {task}: {why}")
-            yield replace(score, why=why)
-    if DEMO in study.data.values():
-        for task in study.data:
-            shutil.rmtree(_run_folder(folder, network, task, seed), ignore_errors=True)
+            found = validation if unseen == "val" else evaluated(open_checkpoint(run / WEIGHTS), place, threads)
+            yield replace(score, percent=round(found.numbers[METRIC[task]], 3))
+        except FAULTS as error:
+            if isinstance(error, DiskFull):
+                raise
+            say(f"{network}, {task}: {first_line(error)}")
+            yield replace(score, why=first_line(error))
+    for run in begun:
+        shutil.rmtree(run, ignore_errors=True)
 
 
-def _run_folder(folder: Path, network: str, task: str, seed: int) -> Path:
-    return folder / RUNS / f"{_file_name(network)}-{task}-{seed}"
+def _classifier(score: Score, study: Study, folder: Path) -> Path:
+    """The weights that a dense task starts from: a finished training of the same network and seed."""
+    start = replace(study, data={"classify": DEMO if score.kind.proxy else study.data.get("classify", "")})
+    of = start.unknown(score.network, score.seed, "classify").of
+    for known in read_scores(folder):
+        same = (known.network, known.seed, known.task, known.of) == (score.network, score.seed, "classify", of)
+        if same and known.percent is not None and (run_folder(known, folder) / WEIGHTS).exists():
+            return run_folder(known, folder) / WEIGHTS
+    more = "which could not be trained" if "classify" in study.data else f"--train IMAGENET --train {score.data}"
+    raise UserError(f"it starts from a classifier of the same network and seed: {more}.")
 
 
-def evaluated(network: Network, data: str, *, image_size: int | None = None) -> AnyEvaluation:
-    """On the images that nothing was trained on: `test` of the data, else `val`."""
+def run_folder(score: Score, folder: Path) -> Path:
+    """Where its training lies: runs/NETWORK-RECIPE-SEED."""
+    return folder / RUNS / f"{_file_name(score.network)}-{score.of.partition(' ')[0]}-{score.seed}"
+
+
+def evaluated(
+    network: Network, data: str, threads: int | None = None, *, image_size: int | None = None
+) -> AnyEvaluation:
+    """On the images that nothing was trained on: `test` of the data, else `val`. All of them must be readable."""
     m = network.metadata
     prepared = prepared_for(m, image_size, None)
-    split = read_split(data, default_eval_split(data, m.task), m.labels, m.task)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    session = TorchSession(network, device=device, threads=None, precision="fp32")
-    return LEARNING[m.task].validate(session, split, prepared, Loading(BATCH, 0, ALONE))
+    split = read_split(data, default_eval_split(data, m.task), m.labels or None, m.task)
+    session = TorchSession(network, device="auto", threads=threads, precision="fp32")
+    found = LEARNING[m.task].validate(session, split, prepared, Loading(BATCH, 0, ALONE))
+    if found.rejected:
+        raise UserError(f"{len(found.rejected)} images of {data} cannot be read: {found.rejected[0][1]}")
+    return found
 
 
 # ---- of weights that are there ---------------------------------------------------------------------------------------
 
 
-def evaluate_networks(rows: Sequence[PaperRow], data: str, weights: Path | None, folder: Path) -> list[Score]:
+def evaluate_networks(
+    rows: Sequence[PaperRow], data: str, weights: Path | None, folder: Path, threads: int | None = None
+) -> list[Score]:
     """Evaluate the networks of these rows on `data` with weights of the folder `weights`: files named as MODELs are,
     nextvit_small.pth, timm-resnet101.safetensors; -384 behind it for another size than the table's, and -fpn, -upernet
     or -mask_rcnn of a dense network. Without a file, Next-ViT's published ones. Scores are kept as those of trainings.
     """
     task = task_of(data)
+    place = data if data == DEMO else _there(data, task)
+    tried = 0
     for row in rows:
+        if task == "classify" and "top1" not in row.printed:
+            continue  # of a table of dense networks
         for head in HEADS[task]:
             size = row.image_size if task == "classify" else 0
-            score = Score(row.network, task, data, GIVEN, head=head, image_size=size)
-            if any(known.key == score.key and known.percent is not None for known in read_scores(folder)):
-                continue
-            begun = time.time()
+            score = Score(row.network, task, place, GIVEN, head=head, image_size=size)
             try:
-                network = _with_weights(row, task, head, weights)
-                if network is None:
+                file = _weights_of(row, task, head, weights)
+                if file is None:
                     continue
-                found = evaluated(of_size(network, size or None), data, image_size=size or None)
-                percent = found.numbers[METRIC[task]]
-                score = replace(score, percent=round(percent, 3), seconds=round(time.time() - begun, 1))
+                tried += 1
+                score = replace(score, source=file if isinstance(file, str) else f"{file.name} {_digest(file)}")
+                network = _opened(row, task, head, str(file))
+                found = evaluated(of_size(network, size or None), place, threads, image_size=size or None)
+                score = replace(score, percent=round(found.numbers[METRIC[task]], 3))
             except FAULTS as error:
-                say(f"{row.name}: {error}")
-                score = replace(score, why=str(error).strip().splitlines()[0][:300])
-            _keep(score, folder)
+                say(f"{row.name}: {first_line(error)}")
+                score = replace(score, why=first_line(error))
+            _keep(score, folder, anew=True)
+    if not tried:
+        say(f"note: none of these rows has weights for the task {task}; docs/reproduce.md tells how files are named.")
     return read_scores(folder)
 
 
-def _with_weights(row: PaperRow, task: str, head: str, weights: Path | None) -> Network | None:
-    """The network with its weights; None: there are none."""
+def _weights_of(row: PaperRow, task: str, head: str, weights: Path | None) -> Path | str | None:
+    """The file, or the tag of published ones; None: there are none."""
     usual = row.image_size == SIZES[row.table]
     stem = _file_name(row.network) + f"-{head}" * bool(head) + f"-{row.image_size}" * (not usual)
     files = sorted(weights.glob(f"{stem}.*")) if weights else []
     if len(files) > 1:
         raise UserError(f"{files[0]} and {files[1].name} are both for {row.name}; leave one of them there.")
     if files:
-        return open_network(row.network, str(files[0])) if task == "classify" else open_checkpoint(files[0])
-    if task == "classify" and row.network in PUBLISHED:
-        return open_network(row.network, "in1k" if usual else f"in1k_{row.image_size}")
-    return None
+        return files[0]
+    published = task == "classify" and row.network in PUBLISHED
+    return ("in1k" if usual else f"in1k_{row.image_size}") if published else None
+
+
+def _opened(row: PaperRow, task: str, head: str, weights: str) -> Network:
+    """The network with these weights; UserError where they are of another one."""
+    if task == "classify":
+        return open_network(row.network, weights)
+    network = open_checkpoint(weights)
+    m = network.metadata
+    if (m.variant, m.task, m.head) != (row.network, task, head):
+        raise UserError(f"{weights} is {m.variant} with {m.head or 'no head'}, not {row.network} with {head}.")
+    return network
 
 
 def _file_name(network: str) -> str:
     return network.replace(":", "-")
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:8]
 
 
 # ---- kept and summed up ----------------------------------------------------------------------------------------------
@@ -251,25 +317,46 @@ def read_scores(folder: Path) -> list[Score]:
     return read_records(folder / "accuracies.csv", Score)
 
 
-def _keep(score: Score, folder: Path) -> None:
+def _known(folder: Path) -> set[tuple[str, int, int, Kind]]:
+    return {score.key for score in read_scores(folder) if score.percent is not None}
+
+
+def _keep(score: Score, folder: Path, *, anew: bool = False) -> None:
+    """Add it to what the folder has; a failure does not take the place of a figure, unless it was asked for `anew`."""
+    if score.percent is None and score.key in _known(folder) and not anew:
+        return
     known = {one.key: one for one in read_scores(folder)} | {score.key: score}
     write_rows(folder / "accuracies.csv", [asdict(one) for one in known.values()])
 
 
-def of_row(row: PaperRow, scores: Sequence[Score], kind: Kind) -> list[float]:
-    """Percent of a row's network, one a seed, of scores of one kind."""
-    sized = kind.task == "classify" and kind.of == GIVEN  # of a table that has the network at several sizes
+def of_row(row: PaperRow, scores: Sequence[Score], kind: Kind) -> list[Score]:
+    """Of a row's network, one a seed, of one kind. A classifier's are of the row's size, but for those of proxies."""
     return [
-        one.percent
+        one
         for one in scores
-        if one.percent is not None
-        and (one.network, one.kind) == (row.network, kind)
-        and (not sized or one.image_size == row.image_size)
+        if (one.network, one.kind) == (row.network, kind)
+        and (kind.task != "classify" or kind.proxy or one.image_size == row.image_size)
     ]
 
 
-def told(percents: Sequence[float]) -> str:
-    """Mean and standard deviation over the seeds."""
-    if len(percents) < 2:
-        return f"{percents[0]:.1f}" if percents else "-"
-    return f"{statistics.mean(percents):.1f} ± {statistics.stdev(percents):.1f} ({len(percents)} seeds)"
+def kinds_of(rows: Sequence[PaperRow], scores: Sequence[Score]) -> list[Kind]:
+    """The kinds of scores that these rows have, one a title: the newest where a recipe or a place became another."""
+    kinds = dict.fromkeys(one.kind for one in scores)
+    there = [kind for kind in kinds if any(of_row(row, scores, kind) for row in rows)]
+    return list({kind.title: kind for kind in there}.values())
+
+
+def mean_of(scores: Sequence[Score]) -> float | None:
+    """Percent, over the seeds."""
+    percents = [one.percent for one in scores if one.percent is not None]
+    return statistics.mean(percents) if percents else None
+
+
+def told(scores: Sequence[Score]) -> str:
+    """Mean and standard deviation over the seeds, in percent; or why there is none."""
+    percents = [one.percent for one in scores if one.percent is not None]
+    if len(percents) > 1:
+        return f"{statistics.mean(percents):.1f} ± {statistics.stdev(percents):.1f} ({len(percents)} seeds)"
+    if percents:
+        return f"{percents[0]:.1f}"
+    return f"not known: {scores[0].why}" if scores else "-"

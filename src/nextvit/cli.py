@@ -694,9 +694,13 @@ def reproduce(
         list[str] | None,
         typer.Option(metavar="DATA", help="Train every row on it: demo, or ImageNet, ADE20K, COCO, one by one."),
     ] = None,
-    task: Annotated[str, typer.Option(help="Of classify, segment, detect, what is trained on demo.")] = "classify",
+    task: Annotated[str | None, typer.Option(help="On demo: of classify, segment, detect; left out: classify.")] = None,
     seeds: Annotated[
         int | None, typer.Option(min=1, help="Trainings of each row; left out: 3 on demo, 1 on other images.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A value of the recipes that rows are trained by."),
     ] = None,
     evaluate: Annotated[
         str | None, typer.Option(metavar="DATA", help="Evaluate every row that has weights on these images.")
@@ -729,7 +733,9 @@ def reproduce(
         raise UserError(f"there is no {what!r} to reproduce; take one of {', '.join(known)}, figure1, all.")
     setups = chosen_setups(runtimes.split(","), precision.split(","))
     batches = _counts("--batch-size", batch_size)
-    study = study_of(train, task.split(","), seeds) if train else None
+    if not train and (task or seeds or overrides):
+        raise UserError("--task, --seeds and --set are about training; give --train DATA, or leave them out.")
+    study = study_of(train, task.split(",") if task else (), seeds, overrides or ()) if train else None
     if weights is not None and (evaluate is None or not weights.is_dir()):
         raise UserError("--weights is a folder of weight files, and goes with --evaluate DATA.")
     done = {}

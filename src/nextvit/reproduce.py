@@ -6,6 +6,9 @@ batch, and the ratio to the anchor is what rows are compared by: a busy hour the
 
 import csv
 import gc
+import platform
+import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -70,7 +73,11 @@ def chosen_setups(runtimes: Sequence[str], precisions: Sequence[str]) -> list[tu
     if any(runtime == "coreml" for runtime, _ in chosen) and (why := not_here()):
         raise UserError(f"CoreML {why}; leave it out of the runtimes.")
     if not chosen:
-        raise UserError("none of these runtimes has one of these precisions here; fp32 runs everywhere.")
+        raise UserError(
+            "none of these runtimes has one of these precisions here; fp32 runs everywhere, fp16 on CoreML alone."
+        )
+    if without := [runtime for runtime in runtimes if runtime not in dict(chosen)]:
+        say(f"note: {', '.join(without)}: not in {' or '.join(precisions)} here, so left out.")
     return chosen
 
 
@@ -198,8 +205,10 @@ def measure(
 @cache
 def machine() -> str:
     """Processor and libraries, as far as latencies depend on them."""
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "onnxruntime", "openvino", "timm"))
-    return f"{processor_name()}; {versions}"
+    names = ("torch", "onnxruntime", "openvino", *["coremltools"] * (sys.platform == "darwin"), "timm")
+    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    system = f"; macOS {platform.mac_ver()[0]}" * (sys.platform == "darwin")
+    return f"{processor_name()}{system}; {versions}"
 
 
 def insist_on_machine(file: Path, there: Sequence[tuple[str, int]], threads: int) -> None:
@@ -219,8 +228,7 @@ class Sessions:
         self.network, self.image_size, self.stem, self.threads = network, image_size, stem, threads
         self.open: dict[tuple[str, str], Session] = {}
         for old in stem.parent.glob(f"{stem.name}-*"):  # files of another network
-            if old.is_file():
-                old.unlink()
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
         _calibrate(network, image_size)
 
     def __call__(self, runtime: str, precision: str) -> Session:
@@ -258,7 +266,7 @@ def _measured(
         own = Sessions(network, row.image_size, stem, threads)
     except FAULTS as error:
         for setup in setups:
-            yield Latency(row.key, *setup, machine(), threads, why=_first_line(error))
+            yield Latency(row.key, *setup, machine(), threads, why=first_line(error))
         return
     for runtime, precision, batch in setups:
         try:
@@ -266,8 +274,8 @@ def _measured(
             found = benchmark(pair, batches=[batch], rounds=rounds)[1]
             yield _latency(row, runtime, precision, batch, threads, found)
         except Exception as error:  # a network that one runtime cannot have: the rest goes on
-            say(f"{row.name}, {runtime}, {precision}: {_first_line(error)}")
-            yield Latency(row.key, runtime, precision, batch, machine(), threads, why=_first_line(error))
+            say(f"{row.name}, {runtime}, {precision}: {first_line(error)}")
+            yield Latency(row.key, runtime, precision, batch, machine(), threads, why=first_line(error))
 
 
 def _latency(row: PaperRow, runtime: str, precision: str, batch: int, threads: int, found: Row) -> Latency:
@@ -276,7 +284,8 @@ def _latency(row: PaperRow, runtime: str, precision: str, batch: int, threads: i
     return Latency(row.key, runtime, precision, batch, machine(), threads, ms, ratio, low, high)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What is told of an error in a table."""
     kind = "" if isinstance(error, UserError | NotHere) else f"{type(error).__name__}: "
     lines = str(error).strip().splitlines() or ["?"]
     return kind + lines[0][:300]

@@ -2,9 +2,7 @@
 
 import csv
 import datetime
-import math
 import re
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,11 +10,11 @@ from pathlib import Path
 from nextvit import __version__, plots, report
 from nextvit.accuracies import (
     AS_PRINTED,
-    DEMO,
-    Kind,
     Score,
     Study,
     evaluate_networks,
+    kinds_of,
+    mean_of,
     of_row,
     read_scores,
     told,
@@ -97,7 +95,7 @@ def latency_rows(
     setups = list(dict.fromkeys(one.setup for one in found))
     at_one_latency = rows[0].table in EQUAL  # nobody is faster there but by chance
     fronts = {setup: set() if at_one_latency else _front(rows, by_row, setup) for setup in setups}
-    kinds = _kinds(rows, scores)
+    kinds = kinds_of(rows, scores)
     lines = []
     for row in rows:
         note = note_of(row.network)
@@ -113,13 +111,6 @@ def latency_rows(
     return lines
 
 
-def _kinds(rows: Sequence[PaperRow], scores: Sequence[Score]) -> list[Kind]:
-    """The kinds of scores that these rows have."""
-    return [
-        kind for kind in dict.fromkeys(one.kind for one in scores) if any(of_row(row, scores, kind) for row in rows)
-    ]
-
-
 def order_rows(rows: Sequence[PaperRow], found: Sequence[Latency], scores: Sequence[Score]) -> list[dict[str, object]]:
     """Spearman's rho between what is printed and what was measured here: latencies by runtime, mean accuracies."""
     known = {row.key: row for row in rows if not note_of(row.network)}
@@ -128,9 +119,9 @@ def order_rows(rows: Sequence[PaperRow], found: Sequence[Latency], scores: Seque
         for setup in dict.fromkeys(one.setup for one in found):
             here = {one.row: one.ratio for one in found if one.setup == setup and one.ratio is not None}
             lines += [_order(_named(setup), name, column, known, here) for column, name in PRINTED.items()]
-    for kind in _kinds(rows, scores):
-        means = {key: statistics.mean(of_row(row, scores, kind) or [math.nan]) for key, row in known.items()}
-        here = {key: mean for key, mean in means.items() if not math.isnan(mean)}
+    for kind in kinds_of(rows, scores):
+        means = {key: mean_of(of_row(row, scores, kind)) for key, row in known.items()}
+        here = {key: mean for key, mean in means.items() if mean is not None}
         columns = {column: name for column, name in ACCURACY[rows[0].table].items() if column in AS_PRINTED[kind[:2]]}
         lines += [_order(kind.title, name, column, known, here) for column, name in columns.items()]
     return [line for line in lines if line]
@@ -139,9 +130,9 @@ def order_rows(rows: Sequence[PaperRow], found: Sequence[Latency], scores: Seque
 def _order(
     here_name: str, name: str, column: str, known: Mapping[str, PaperRow], here: Mapping[str, float]
 ) -> dict[str, object]:
-    """A line, of rows that have both; nothing where they are too few to tell."""
+    """A line, of rows that have both; nothing where they are too few to tell, or all alike."""
     pairs = [(row.printed[column], here[key]) for key, row in known.items() if column in row.printed and key in here]
-    if len(pairs) < FEWEST_RANKED:
+    if len(pairs) < FEWEST_RANKED or any(len(set(values)) == 1 for values in zip(*pairs, strict=True)):
         return {}
     rho = rank_correlation(*zip(*pairs, strict=True))
     return {"here": here_name, "printed": name, "Spearman's rho": f"{rho:.2f}", "rows": len(pairs)}
@@ -180,7 +171,7 @@ class Rerun:
 
 def measured_rows(one: Rerun) -> list[dict[str, object]]:
     """Latencies and accuracies, a line a network; none where nothing was measured."""
-    return latency_rows(one.rows, one.found, one.scores) if one.found or _kinds(one.rows, one.scores) else []
+    return latency_rows(one.rows, one.found, one.scores) if one.found or kinds_of(one.rows, one.scores) else []
 
 
 def rerun(
@@ -210,23 +201,32 @@ def rerun(
         setup = next(setup for setup in setups if setup[0] == setups[-1][0])
         if not costs_alone:
             of_equal_latency(rows, file, setup, threads=threads, rounds=rounds)
-        rows, _ = at_depths(rows, read_records(file, Depth), setup)
-        shown, depths = at_depths(shown, read_records(file, Depth), setup)
+        known = read_records(file, Depth)
+        if costs_alone and known and setup not in {(one.runtime, one.precision) for one in known}:
+            setup = known[-1].runtime, known[-1].precision
+        rows, _ = at_depths(rows, known, setup)
+        shown, depths = at_depths(shown, known, setup)
     place = folder / f"measured-{table if table in ABLATION_TABLES else SIZES[table]}.csv"  # 5 and 6 share theirs
     if not costs_alone:
         measure(rows, place, setups=setups, batches=batches, threads=threads, rounds=rounds)
     if study is not None:
-        train_networks(rows, study, folder)
+        train_networks(rows, study, folder, threads)
     if evaluated is not None:
-        evaluate_networks(rows, *evaluated, folder)
+        evaluate_networks(rows, *evaluated, folder, threads)
     found, scores = read_latencies(place), read_scores(folder)
-    there = {row.key for row in rows} | {one.row for one in found}
-    shown = [row for row in shown if row.key in there or _kinds([row], scores)]
+    there = {row.key for row in rows} | {one.row for one in found} | _counted(table, folder)
+    shown = [row for row in shown if row.key in there or kinds_of([row], scores)]
     found = [one for one in found if one.row in {row.key for row in shown}]
     counted = [counts(row) for row in track(shown, total=len(shown), label=f"count {table}")]
     one = Rerun(table, shown, counted, found, scores, depths, folder / f"{table}.html")
     write_reproduction(one, folder)
     return one
+
+
+def _counted(table: str, folder: Path) -> set[str]:
+    """Keys of the rows whose costs a folder has."""
+    file = folder / f"{table}-costs.csv"
+    return {f"{row['network']} {row['pixels'] or SIZES[table]}" for row in (_records(file) if file.exists() else [])}
 
 
 def write_reproduction(one: Rerun, folder: Path) -> None:
@@ -236,12 +236,13 @@ def write_reproduction(one: Rerun, folder: Path) -> None:
     flagged = [line for line in costs if line["flag"] or line["counted"] == "-"]
     write_rows(folder / f"{table}-costs.csv", costs)
     where = f"{found[0].machine}; {found[0].threads} threads" if found else machine()
-    kinds = _kinds(rows, one.scores)
+    kinds = kinds_of(rows, one.scores)
     parts = [
         report.paragraph(
             f"{len(rows)} rows; {where}; {datetime.date.today().isoformat()}. Accuracies are the paper's"
-            f"{', but for those that say proxy or here' * bool(kinds)}. {ANCHOR} was measured beside every network, "
-            "and the ratio is to it, with a 99 % interval of its median; * no row here is both faster and better."
+            f"{', but for those of columns that say otherwise' * bool(kinds)}."
+            + f" {ANCHOR} was measured beside every network, and the ratio is to it, with a 99 % interval of its "
+            "median; * no row here is both faster and better." * bool(found)
         )
     ]
     if lines := measured_rows(one):
@@ -251,7 +252,7 @@ def write_reproduction(one: Rerun, folder: Path) -> None:
             trade_off(table, rows, found, picture)
             parts += [report.picture(picture, "accuracy against latency")] if picture.exists() else []
         parts.append(report.html_table(lines))
-    if any(kind.data == DEMO for kind in kinds):
+    if any(kind.proxy for kind in kinds):
         parts.append(report.paragraph(PROXY_NOTE, "note"))
     if one.depths:
         parts.append(report.heading("Depths that come nearest to the reference's latency"))
@@ -378,7 +379,10 @@ def write_readme(folder: Path) -> None:
         parts.append(f"## {TITLES[table]}")
         if (folder / f"{table}-tradeoff.png").exists():
             parts.append(f"![accuracy against latency]({table}-tradeoff.png)")
-        parts += [_markdown(there[what]) for what in ("latency", "orders", "claims") if there.get(what)]
+        if measured := there.get("latency"):
+            parts.append(_markdown(measured))
+            parts += [PROXY_NOTE] * any("a proxy" in column for column in measured[0])
+        parts += [_markdown(there[what]) for what in ("orders", "claims") if there.get(what)]
         if there.get("depths"):
             hidden = ("machine", "threads", "runtime", "precision")
             parts.append(_markdown([{k: v for k, v in one.items() if k not in hidden} for one in there["depths"]]))
