@@ -67,6 +67,18 @@ def test_windows_follow_the_size_that_is_asked_for():
     assert of_size(model, 224) is model
 
 
+def test_tables_that_are_interpolated_at_every_call_are_made_once_for_a_size():
+    model = create_model("peer:cmt_tiny", num_classes=5).eval()
+    other = of_size(model, 96)
+    images = torch.rand(1, 3, 96, 96)
+    with torch.inference_mode():
+        torch.testing.assert_close(other(images), model(images))
+    assert [stage.bias.shape[1] for stage in other.body.stages] == [24 * 24, 12 * 12, 36, 9]
+    assert other.metadata.preprocess.image_size == 96
+    assert model.metadata.preprocess.image_size == 160
+    assert [stage.bias.shape[1] for stage in model.body.stages][0] == 40 * 40
+
+
 def test_a_table_of_positions_that_cannot_follow_is_told():
     with pytest.raises(UserError, match="has tables of positions for 224 pixels"):
         of_size(create_model("timm:deit_tiny_patch16_224"), 256)

@@ -52,11 +52,16 @@ class ForeignClassifier(nn.Module):
         return logits
 
     def of_size(self, image_size: int) -> "ForeignClassifier":
-        """The same for images of this size, its position tables resampled; itself where it takes any size."""
-        if not self.fixed_size or image_size == self.metadata.preprocess.image_size:
+        """The same for images of this size, its position tables resampled; itself where it has none."""
+        body: Any = self.body
+        resampled = hasattr(body, "of_size")
+        if not (self.fixed_size or resampled) or image_size == self.metadata.preprocess.image_size:
             return self
         metadata = self.metadata.with_image_size(image_size)
         other = ForeignClassifier(metadata)
+        if resampled:
+            other.body = body.of_size(image_size)
+            return other.train(self.training)
         found = self.state_dict()
         if any(found[key].shape != value.shape for key, value in other.state_dict().items()):
             raise UserError(

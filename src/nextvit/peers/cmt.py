@@ -175,7 +175,7 @@ class CMT(nn.Module):
     """The network: stem, four stages, head (paper, Figure 2c). (B, 3, H, W) -> (B, num_classes) logits.
 
     The position biases are made for `image_size` (height and width, or one side; without it, the variant's own) and
-    interpolated at every call for images of another size. H and W are multiples of 32.
+    interpolated at every call for images of another size, unless `of_size` did it once. H and W are multiples of 32.
     """
 
     def __init__(self, variant: Variant, num_classes: int = 1000, image_size: int | tuple[int, int] | None = None):
@@ -198,6 +198,14 @@ class CMT(nn.Module):
         )
         self.head = nn.Linear(FINAL_WIDTH, num_classes)
         self.apply(_initialise)
+
+    def of_size(self, image_size: int) -> "CMT":
+        """The same with position biases made for this size, which then are not interpolated at every call."""
+        other = CMT(self.variant, self.head.out_features, image_size)
+        tables = {f"stages.{i}.bias": stage.bias.shape[1:] for i, stage in enumerate(other.stages)}
+        given = self.state_dict()
+        other.load_state_dict({k: resized(v, *tables[k]) if k in tables else v for k, v in given.items()})
+        return other
 
     def maps(self, x: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> the four stage outputs (B, C, H / s, W / s), s = 4, 8, 16, 32."""
