@@ -22,7 +22,7 @@ from nextvit.accuracies import (
     of_row,
     read_scores,
     study_of,
-    told,
+    summed_up,
     train_networks,
 )
 from nextvit.data.demo_images import garments
@@ -188,7 +188,7 @@ def test_a_failure_does_not_take_the_place_of_a_figure(tmp_path, short, monkeypa
     monkeypatch.setattr(accuracies, "train", fail)
     found = train_networks([NANO], study_of(["demo"], ["segment"], 1), tmp_path)
     assert [(one.task, one.percent) for one in found] == [("classify", 71.0), ("segment", None)]
-    assert told(found[1:]).startswith("not known: it starts from a classifier")
+    assert summed_up(found[1:]).startswith("not known: it starts from a classifier")
 
 
 def test_the_shipped_proxy_is_for_networks_of_others_too(tmp_path, monkeypatch):
@@ -347,7 +347,7 @@ def scores(of):
 
 
 def test_a_row_tells_mean_and_standard_deviation_of_its_seeds():
-    assert told([]) == "-"
+    assert summed_up([]) == "-"
     rows = paper_rows("table8")
     lines = latency_rows(rows, [], scores(of=[[60, 62], [61], [], [64], [63]]))
     assert [line["top-1, %, a proxy"] for line in lines] == ["61.0 ± 1.4 (2 seeds)", "61.0", "-", "64.0", "63.0"]

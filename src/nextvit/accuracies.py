@@ -352,7 +352,7 @@ def mean_of(scores: Sequence[Score]) -> float | None:
     return statistics.mean(percents) if percents else None
 
 
-def told(scores: Sequence[Score]) -> str:
+def summed_up(scores: Sequence[Score]) -> str:
     """Mean and standard deviation over the seeds, in percent; or why there is none."""
     percents = [one.percent for one in scores if one.percent is not None]
     if len(percents) > 1:

@@ -17,7 +17,7 @@ from nextvit.accuracies import (
     mean_of,
     of_row,
     read_scores,
-    told,
+    summed_up,
     train_networks,
 )
 from nextvit.equal_latency import Depth, at_depths, of_equal_latency
@@ -54,6 +54,10 @@ PRINTED = {"tensorrt_ms": "TensorRT, ms (printed)", "coreml_ms": "CoreML, ms (pr
 PROXY_NOTE = (
     "A proxy: the network was trained for a minute on the images that ship with the package, alike for all rows; mean "
     "and standard deviation over the seeds. It tells what is learnt fast, not what a training on ImageNet comes to."
+)
+FIGURE5_NOTE = (
+    "By `nextvit explain`. These networks were trained for minutes on the garments that ship with the package, at 96 "
+    "pixels; the paper's are of ImageNet."
 )
 FEWEST_RANKED = 5  # rows that an order is told of
 OURS = "Next-ViT"
@@ -101,7 +105,7 @@ def latency_rows(
         note = note_of(row.network)
         line: dict[str, object] = {"network": row.name + f" ({note})" * bool(note), "pixels": row.image_size}
         line |= {name: row.printed.get(column, "-") for column, name in ACCURACY[row.table].items()}
-        line |= {kind.title: told(of_row(row, scores, kind)) for kind in kinds}
+        line |= {kind.title: summed_up(of_row(row, scores, kind)) for kind in kinds}
         line |= {name: row.printed.get(column, "-") for column, name in PRINTED.items()}
         for setup in setups:
             one = by_row.get((row.key, *setup))
@@ -394,6 +398,13 @@ def write_readme(folder: Path) -> None:
                 told += f"; {len(printed) - len(odd)} of {len(printed)} printed figures are within 2 % of the network's"
             parts.append(told + (", and the others are" if odd else "."))
             parts += [_markdown(odd)] if odd else []
+    if (folder / "figure5" / "spectra.png").exists():
+        parts.append(f"## Figure 5: frequencies of the maps\n\n![spectra](figure5/spectra.png)\n\n{FIGURE5_NOTE}")
+    if (folder / "fit.csv").exists():
+        hidden = ("machine", "threads")
+        told = [{k: v for k, v in one.items() if k not in hidden} for one in _records(folder / "fit.csv")]
+        parts.append("## fit: latency as predicted and as measured, of configurations drawn at random")
+        parts.append(_markdown(told))
     write_text(folder / "README.md", "\n\n".join(parts) + "\n")
 
 
