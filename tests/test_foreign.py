@@ -8,6 +8,7 @@ import torch
 from nextvit import create_model, export
 from nextvit.create import open_checkpoint
 from nextvit.errors import UserError
+from nextvit.exporters.parity import real_images
 from nextvit.foreign import preprocess_of
 from nextvit.networks import of_size
 from nextvit.runtime.open import open_session
@@ -65,6 +66,23 @@ def test_windows_follow_the_size_that_is_asked_for():
     assert other(torch.zeros(1, 3, 256, 256)).shape == (1, 4)
     assert other.metadata.preprocess.image_size == 256
     assert of_size(model, 224) is model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "precision"), [("timm:twins_svt_small", "fp32"), ("timm:pvt_v2_b0", "int8")], ids=["windows", "places"]
+)
+def test_what_leaves_no_size_open_is_exported_for_one(name, precision, tmp_path):
+    """Twins' attention has five axes; in int8 PVT's maps have a range a place."""
+    model = fill(create_model(name, num_classes=5))
+    images = real_images() * 3 if precision == "int8" else None
+    told = export(
+        model, tmp_path / "m.xml", image_size=64, precision=precision, calibration=images, max_drop=None
+    )  # fmt: skip
+    assert "the sides are fixed" in told.notes[0]
+    session = open_session(tmp_path / "m.xml", device="cpu", threads=1)
+    x = np.random.default_rng(0).standard_normal((2, 3, 64, 64), np.float32)
+    assert session(x).shape == (2, 5)
 
 
 def test_tables_that_are_interpolated_at_every_call_are_made_once_for_a_size():

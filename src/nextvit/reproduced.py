@@ -401,10 +401,10 @@ def write_readme(folder: Path) -> None:
     if (folder / "figure5" / "spectra.png").exists():
         parts.append(f"## Figure 5: frequencies of the maps\n\n![spectra](figure5/spectra.png)\n\n{FIGURE5_NOTE}")
     if (folder / "fit.csv").exists():
-        hidden = ("machine", "threads")
-        told = [{k: v for k, v in one.items() if k not in hidden} for one in _records(folder / "fit.csv")]
+        records = _records(folder / "fit.csv")
+        measured = [{k: v for k, v in one.items() if k not in ("machine", "threads")} for one in records]
         parts.append("## fit: latency as predicted and as measured, of configurations drawn at random")
-        parts.append(_markdown(told))
+        parts.append(_markdown(measured))
     write_text(folder / "README.md", "\n\n".join(parts) + "\n")
 
 

@@ -138,18 +138,18 @@ def export(
             told = f"{qat_epochs} epochs on {len(images.train)} images: {first:.3g} to {last:.3g} nats from its answers"
             kept = "" if last < first else "; it did not help, and the weights are as they were"
             notes = (*notes, f"fine-tuned in int8 to answer as the model does, {told}{kept}")
-        parity: Parity | ObjectParity | None = None
         by_stage: tuple[StageComparison, ...] = ()
         try:
             written, measured, job = _write(writer, plain, job, images, max_drop)
-        except Exception as error:  # torch.export has several kinds for sizes that cannot be left open
+            parity = _compared(plain, written, free, precision)
+        except Exception as error:  # each library has several kinds for sizes that cannot be left open
             if not isinstance(model, ForeignClassifier) or not free.sides or isinstance(error, KNOWN) or qat_epochs:
                 raise
             free = Free(batch=free.batch, sides=False)
             job = replace(job, form=export_form(plain, fixed=True), free=free)
             written, measured, job = _write(writer, plain, job, images, max_drop)
-        if written.opened is not None:
-            parity = _compared(plain, _open(written.opened), free, precision)
+            parity = _compared(plain, written, free, precision)
+        if parity is not None:
             if stages:
                 by_stage = _compare_stages(writer, plain, fmt, job)
             _insist(parity, path, by_stage)
@@ -246,7 +246,11 @@ def _open(path: Path) -> Session:
     return open_session(path, device="cpu", trust=True)
 
 
-def _compared(model: Network, session: Session, free: Free, precision: str) -> Parity | ObjectParity:
+def _compared(model: Network, written: Written, free: Free, precision: str) -> Parity | ObjectParity | None:
+    """None: nothing was written that runs here."""
+    if written.opened is None:
+        return None
+    session = _open(written.opened)
     if session.metadata.task == "detect" and not session.metadata.gives_maps:
         return compare_objects(model, session, sides=free.sides, precision=precision)
     return compare(model, session, free=free, precision=precision)

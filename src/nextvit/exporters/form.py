@@ -16,6 +16,8 @@ from nextvit.metadata import Metadata
 from nextvit.networks import Network, backbone_of
 from nextvit.segmenter import Segmenter
 
+WINDOWED = "LocallyGroupedAttn"  # timm's Twins: fused attention over five axes, which has no converter to ONNX
+
 
 def export_form(model: Network, *, fixed: bool) -> Network:
     """A new module with the outputs of `model`, folded and rewritten for runtimes; `model` is untouched.
@@ -31,6 +33,8 @@ def export_form(model: Network, *, fixed: bool) -> Network:
     for module in form.modules():
         if isinstance(module, NTB) and module.e_mhsa is not None:
             module.e_mhsa = MapEMHSA(module.e_mhsa, fixed=fixed)  # type: ignore[assignment]  # same shapes, other class
+        if type(module).__name__ == WINDOWED:
+            module.fused_attn = False  # type: ignore[assignment]  # its own flag
         if fixed and isinstance(module, PatchEmbed) and isinstance(module.pool, HalvingPool):
             module.pool = FixedHalvingPool()  # type: ignore[assignment]  # likewise
     return form

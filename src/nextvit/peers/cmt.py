@@ -202,9 +202,13 @@ class CMT(nn.Module):
     def of_size(self, image_size: int) -> "CMT":
         """The same with position biases made for this size, which then are not interpolated at every call."""
         other = CMT(self.variant, self.head.out_features, image_size)
-        tables = {f"stages.{i}.bias": stage.bias.shape[1:] for i, stage in enumerate(other.stages)}
-        given = self.state_dict()
-        other.load_state_dict({k: resized(v, *tables[k]) if k in tables else v for k, v in given.items()})
+        there = other.state_dict()
+        other.load_state_dict(
+            {
+                key: resized(value, *there[key].shape[1:]) if value.shape != there[key].shape else value
+                for key, value in self.state_dict().items()
+            }
+        )
         return other
 
     def maps(self, x: Tensor) -> list[Tensor]:
