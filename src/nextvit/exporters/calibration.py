@@ -129,7 +129,7 @@ def read_calibration(
         where = source if isinstance(source, str | os.PathLike) else "the list"
         raise UserError(
             f"{where} has {len(first)} images to calibrate on and {len(second)} to measure on; int8 needs {FEWEST} or "
-            f"more in all, and is better with {calibrated}."
+            f"more to calibrate on, and is better with {calibrated}."
         )
     return Calibration(train, first, second, (*notes, *_oddities(first, model)))
 
