@@ -38,9 +38,9 @@ results: .venv/installed
 	$(BIN)/nextvit reproduce table8 --costs --train demo --output $(RESULTS)
 	$(BIN)/python benchmarks/fit.py --output $(RESULTS)/fit.csv
 	for model in timm:resnet50 timm:swin_tiny_patch4_window7_224 nextvit_small; do \
-		run=$(RESULTS)/runs/figure5-$${model#*:}; test -f $$run/model.safetensors || $(BIN)/nextvit train demo \
-			--model $$model --recipe proxy --set images.size=96 --set schedule.steps_per_epoch=300 --set drop_path=null \
-			--output $$run || exit 1; \
+		run=$(RESULTS)/runs/figure5-$${model#*:}; test -f $$run/model.safetensors || { rm -rf $$run; \
+			$(BIN)/nextvit train demo --model $$model --recipe proxy --set images.size=96 \
+			--set schedule.steps_per_epoch=300 --set drop_path=null --output $$run; } || exit 1; \
 	done
 	$(BIN)/nextvit explain $(RESULTS)/runs/figure5-nextvit_small/model.safetensors src/nextvit/data/demo/backgrounds/val \
 		--beside $(RESULTS)/runs/figure5-resnet50/model.safetensors \

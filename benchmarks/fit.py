@@ -29,7 +29,7 @@ def drawn(count: int, frames: list[str], sizes: list[int], seed: int) -> list[tu
     found = []
     for _ in range(count):
         first, second, fourth = (int(rng.integers(1, 4)) for _ in range(3))
-        n, groups = int(rng.integers(1, 7)), int(rng.integers(1, 9))
+        n, groups = int(rng.integers(1, 7)), int(rng.integers(1, 13))
         frame, size = frames[rng.integers(len(frames))], sizes[rng.integers(len(sizes))]
         found.append((Configuration(frame, first, second, n, groups, fourth, MIX), size))
     return found

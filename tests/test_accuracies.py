@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -25,6 +26,7 @@ from nextvit.accuracies import (
     summed_up,
     train_networks,
 )
+from nextvit.checkpoints import owned
 from nextvit.data.demo_images import garments
 from nextvit.data.scenes import GROUPS, scenes_folder
 from nextvit.errors import Interrupted, UserError
@@ -56,6 +58,13 @@ def short(monkeypatch, tmp_path):
     monkeypatch.setattr(accuracies, "SCENES", (8, 2))
 
 
+@pytest.fixture
+def quick(short, few, monkeypatch):
+    """The same on few images, in the place of those that ship."""
+    monkeypatch.setattr(accuracies, "DEMO", str(few))
+    return str(few)
+
+
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
     """Three images of each garment, to judge by and to train on."""
@@ -71,9 +80,8 @@ def few(tmp_path_factory):
 # ---- trained ---------------------------------------------------------------------------------------------------------
 
 
-def test_every_row_is_trained_once_from_every_seed(short, tmp_path, monkeypatch, few):
-    study = study_of(["demo"], ["classify"], 2)
-    monkeypatch.setattr(accuracies, "default_eval_split", lambda data, task: "val")  # 500 images, not 2,000
+def test_every_row_is_trained_once_from_every_seed(quick, tmp_path, monkeypatch):
+    study = study_of([quick], ["classify"], 2)
     found = train_networks([NANO, TINY, NONE, NANO], study, tmp_path)
     there = {(one.network, one.seed): one for one in found}
     assert set(there) == {(row.network, seed) for row in (NANO, TINY, NONE) for seed in (0, 1)}
@@ -90,13 +98,12 @@ def test_every_row_is_trained_once_from_every_seed(short, tmp_path, monkeypatch,
 
     monkeypatch.setattr(accuracies, "train", fail)
     assert train_networks([NANO, TINY], study, tmp_path) == found
-    again = train_networks([NANO], study_of(["demo"], ["classify"], 1), tmp_path)
+    again = train_networks([NANO], study_of([quick], ["classify"], 1), tmp_path)
     assert again == found
 
 
-def test_the_same_seed_gives_the_same_figure(short, tmp_path, monkeypatch):
-    monkeypatch.setattr(accuracies, "default_eval_split", lambda data, task: "val")
-    study, weights = study_of(["demo"], ["classify"], 1), []
+def test_the_same_seed_gives_the_same_figure(quick, tmp_path, monkeypatch):
+    study, weights = study_of([quick], ["classify"], 1), []
     honest = accuracies.train
 
     def noted(data, recipe, run, **more):
@@ -120,14 +127,14 @@ def test_dense_tasks_start_from_the_classifier_of_their_seed(short, tmp_path, mo
         begun.append((recipe.task, recipe.weights, recipe.seed))
         return honest(data, recipe, run, **more)
 
-    kept = tmp_path / "runs" / "nextvit_nano-in1k_300e-0"  # of another training: it is none of theirs
+    kept = tmp_path / "runs" / "nextvit_nano-in1k_300e-0a1b2c3d-0-224"  # of another training: it is none of theirs
     kept.mkdir(parents=True)
 
     monkeypatch.setattr(accuracies, "train", noted)
     found = train_networks([NANO], study_of(["demo"], ["detect", "segment"], 1), tmp_path)
     assert [(one.task, one.head) for one in found] == [("classify", ""), ("segment", "fpn"), ("detect", "mask_rcnn")]
     assert all(one.percent is not None for one in found), found
-    start = str(tmp_path / "runs" / "nextvit_nano-classify-0" / "model.safetensors")  # the recipe here is classify.yaml
+    start = str(accuracies.run_folder(found[0], tmp_path) / "model.safetensors")
     assert begun == [("classify", "none", 0), ("segment", start, 0), ("detect", start, 0)]
     assert list((tmp_path / "runs").iterdir()) == [kept]
 
@@ -137,13 +144,17 @@ def test_a_real_set_is_trained_by_the_papers_recipe_and_its_run_is_kept(tmp_path
     file.write_text("weights: none\nschedule: {epochs: 1, warmup_epochs: 0}\nbatch_size: 30\nimages: {size: 32}\n")
     assert accuracies.REAL["classify"] == "in1k_300e"
     monkeypatch.setitem(accuracies.REAL, "classify", str(file))
-    study = study_of([str(few)])
-    (one,) = train_networks([NANO], study, tmp_path)
+    study, row = study_of([str(few)]), replace(NANO, image_size=512, table="table5")
+    (one,) = train_networks([row], study, tmp_path)  # of a table of dense networks: at the recipe's size
     assert (one.data, one.seed, one.image_size) == (str(few), 0, 32)
-    left = tmp_path / "runs" / "nextvit_nano-in1k-0"
+    left = accuracies.run_folder(one, tmp_path)
+    assert left.name == f"nextvit_nano-{one.of.replace(' ', '-')}-0-32"
     assert {"recipe.yaml", "model.safetensors", "last.ckpt"} <= {path.name for path in left.iterdir()}
     assert of_row(NANO, [one], one.kind) == []  # a row of 224 pixels tells nothing of 32
-    assert of_row(replace(NANO, image_size=32), [one], one.kind) == [one]
+    other = replace(TINY, image_size=64)
+    both = train_networks([other, replace(NANO, image_size=384)], study, tmp_path)  # which is trained from weights
+    assert [(one.network, one.image_size) for one in both[1:]] == [(TINY.network, 64)]
+    assert of_row(other, both, one.kind) == [both[1]]
 
 
 def test_a_training_that_was_stopped_goes_on(tmp_path, monkeypatch, few):
@@ -151,6 +162,7 @@ def test_a_training_that_was_stopped_goes_on(tmp_path, monkeypatch, few):
     file.write_text("weights: none\nschedule: {epochs: 3, warmup_epochs: 0}\nbatch_size: 30\nimages: {size: 32}\n")
     monkeypatch.setitem(accuracies.REAL, "classify", str(file))
     study, honest, epochs = study_of([str(few)]), training.finish_epoch, []
+    row = replace(NANO, image_size=512, table="table5")
 
     def stop(run):
         row = honest(run)
@@ -161,25 +173,29 @@ def test_a_training_that_was_stopped_goes_on(tmp_path, monkeypatch, few):
 
     monkeypatch.setattr(training, "finish_epoch", stop)
     with pytest.raises(Interrupted, match="go on with the same command"):
-        train_networks([NANO], study, tmp_path)
+        train_networks([row], study, tmp_path)
     assert read_scores(tmp_path) == []
-    (one,) = train_networks([NANO], study, tmp_path)
+    (one,) = train_networks([row], study, tmp_path)
     assert epochs == [1, 2, 3]
     whole = tmp_path / "whole"
-    assert train_networks([NANO], study, whole)[0].percent == one.percent
+    assert train_networks([row], study, whole)[0].percent == one.percent
 
 
-def test_a_run_that_came_to_nothing_is_begun_again(tmp_path, short, monkeypatch):
-    monkeypatch.setattr(accuracies, "default_eval_split", lambda data, task: "val")
-    left = tmp_path / "runs" / "nextvit_nano-classify-0"
+def test_a_run_that_came_to_nothing_is_begun_again(tmp_path, quick):
+    study = study_of([quick], seeds=1)
+    left = accuracies.run_folder(study.unknown("nextvit_nano", 32, 0, "classify"), tmp_path)
     left.mkdir(parents=True)
     (left / "recipe.yaml").write_text("of a run that was killed\n")
-    (one,) = train_networks([NANO], study_of(["demo"], seeds=1), tmp_path)
+    with owned(left, new=False):  # it is another process's
+        (one,) = train_networks([NANO], study, tmp_path)
+        assert "is writing to" in one.why
+        assert (left / "recipe.yaml").exists()
+    (one,) = train_networks([NANO], study, tmp_path)
     assert one.percent is not None
 
 
 def test_a_failure_does_not_take_the_place_of_a_figure(tmp_path, short, monkeypatch):
-    known = study_of(["demo"], seeds=1).unknown("nextvit_nano", 0, "classify")
+    known = study_of(["demo"], seeds=1).unknown("nextvit_nano", 32, 0, "classify")
     accuracies._keep(replace(known, percent=71.0), tmp_path)
 
     def fail(*arguments, **more):
@@ -188,13 +204,13 @@ def test_a_failure_does_not_take_the_place_of_a_figure(tmp_path, short, monkeypa
     monkeypatch.setattr(accuracies, "train", fail)
     found = train_networks([NANO], study_of(["demo"], ["segment"], 1), tmp_path)
     assert [(one.task, one.percent) for one in found] == [("classify", 71.0), ("segment", None)]
-    assert summed_up(found[1:]).startswith("not known: it starts from a classifier")
+    assert re.fullmatch("not known: it starts from a classifier .*model.safetensors is gone.", summed_up(found[1:]))
 
 
-def test_the_shipped_proxy_is_for_networks_of_others_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(accuracies, "default_eval_split", lambda data, task: "val")
+def test_the_shipped_proxy_is_for_networks_of_others_too(tmp_path, few, monkeypatch):
+    monkeypatch.setattr(accuracies, "DEMO", str(few))
     cut = ["schedule.steps_per_epoch=1", "batch_size=4", "images.size=32"]
-    (one,) = train_networks([TINY], study_of(["demo"], seeds=1, overrides=cut), tmp_path)
+    (one,) = train_networks([TINY], study_of([str(few)], seeds=1, overrides=cut), tmp_path)
     assert one.percent is not None, one.why
 
 
@@ -224,10 +240,10 @@ def test_proxies_and_real_trainings_are_not_mixed(few):
         study_of(["demo", str(few)], ["segment"])
 
 
-def test_torchrun_is_told_how(tmp_path, monkeypatch):
+def test_torchrun_is_told_how(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="let torchrun start `nextvit train` with --output .*NETWORK-RECIPE-SEED"):
-        train_networks([NANO], study_of(["demo"]), tmp_path)
+    with pytest.raises(UserError, match="let torchrun start `nextvit train`, and give the weights to --evaluate"):
+        study_of(["demo"])
 
 
 def test_a_proxy_has_three_seeds_and_the_recipes_are_short(few):
@@ -328,9 +344,10 @@ def test_one_kind_a_title_and_each_is_told_apart():
         Kind("segment", "fpn", "/a/ade", GIVEN),
     ]
     found = [Score("nextvit_nano", *kind[:1], *kind[2:], head=kind.head, image_size=224, percent=1.0) for kind in kinds]
-    assert kinds_of([NANO], found) == kinds[1:]
-    assert [kind.title for kind in kinds[1:]] == [
-        "top-1, %, a proxy",
+    assert list(kinds_of([NANO], found)) == kinds
+    assert list(kinds_of([NANO], found).values()) == [
+        "top-1, %, a proxy (demo, proxy 1)",
+        "top-1, %, a proxy (demo, proxy 2)",
         "top-1, %, trained on imagenet",
         "top-1, %, of weights on imagenet",
         "top-1, %, of weights on flowers",
@@ -364,9 +381,8 @@ def test_the_order_of_means_is_compared_with_the_printed_one():
     assert order_rows(rows, [], scores(of=[[1], [2], [3], [4], []])) == []  # four rows have no order to speak of
 
 
-def test_the_verb_shows_a_proxy_as_one(tmp_path, short, monkeypatch):
-    monkeypatch.setattr(accuracies, "default_eval_split", lambda data, task: "val")
-    asked = ("table8", "--costs", "--only", "0.5", "--train", "demo", "--seeds", 1, "--output", tmp_path)
+def test_the_verb_shows_a_proxy_as_one(tmp_path, quick):
+    asked = ("table8", "--costs", "--only", "0.5", "--train", quick, "--seeds", 1, "--output", tmp_path)
     done = nextvit_here("reproduce", *asked)
     assert done.returncode == 0, done.stderr
     assert "top-1, %, a proxy" in done.stdout

@@ -1,7 +1,7 @@
 """The search for a depth: on latencies that are known, with steps finer and coarser than the tolerance, and noise."""
 
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -88,8 +88,10 @@ def test_depths_are_kept_and_not_searched_again(known_device, tmp_path, capsys):
     again, same = of_equal_latency(rows, file, ("torch", "fp32"), threads=1)
     assert (again, same) == (found, depths)
     assert len(known_device) == before + 1  # the one that failed was tried again
-    assert at_depths(rows, read_records(file, Depth), ("torch", "fp32")) == (found, depths)
-    assert at_depths(rows, read_records(file, Depth), ("onnx", "fp32")) == (list(rows), [])  # of another runtime
+    known = read_records(file, Depth)
+    assert at_depths(rows, known) == (found, depths)
+    other = replace(known[0], third=3, network="table1_cccc@3,0", runtime="onnx")
+    assert at_depths(rows, [*known, other])[0][0].network == "table1_cccc@3,0"  # the last one that is known
 
 
 def test_rows_without_a_reference_keep_their_depth(known_device, tmp_path):

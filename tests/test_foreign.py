@@ -85,6 +85,15 @@ def test_what_leaves_no_size_open_is_exported_for_one(name, precision, tmp_path)
     assert session(x).shape == (2, 5)
 
 
+@pytest.mark.slow
+def test_a_network_of_one_size_takes_images_of_any_with_preprocessing_inside(tmp_path):
+    model = fill(create_model("timm:deit_tiny_patch16_224", num_classes=5))
+    export(model, tmp_path / "m.onnx", preprocess=True)
+    session = open_session(tmp_path / "m.onnx", device="cpu", threads=1)
+    images = np.random.default_rng(0).integers(0, 255, (1, 90, 120, 3), np.uint8)
+    assert session(images).shape == (1, 5)
+
+
 def test_tables_that_are_interpolated_at_every_call_are_made_once_for_a_size():
     model = create_model("peer:cmt_tiny", num_classes=5).eval()
     other = of_size(model, 96)

@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from nextvit.checkpoints import BEST, LAST, PREVIOUS, WEIGHTS
+from nextvit.checkpoints import BEST, LAST, PREVIOUS, WEIGHTS, owned
 from nextvit.create import open_checkpoint
 from nextvit.data.scenes import scenes_folder
 from nextvit.data.sets import TASKS, default_eval_split, read_split, split_names, task_of
+from nextvit.data.shards import are_urls
 from nextvit.errors import DiskFull, Interrupted, UserError
 from nextvit.evaluate import AnyEvaluation, prepared_for
 from nextvit.files import write_rows
@@ -22,10 +23,10 @@ from nextvit.foreign import FAULTS, is_foreign
 from nextvit.learning import LEARNING, Loading
 from nextvit.metadata import HEADS
 from nextvit.networks import Network, of_size
-from nextvit.paper import SIZES, PaperRow
+from nextvit.paper import ACCURACY, SIZES, PaperRow
 from nextvit.processes import ALONE
 from nextvit.progress import say
-from nextvit.recipe import Recipe, read_recipe
+from nextvit.recipe import Recipe, read_recipe, with_image_size
 from nextvit.reproduce import first_line, read_records
 from nextvit.run import Machine
 from nextvit.runtime.open import open_network
@@ -65,7 +66,7 @@ class Kind(NamedTuple):
 
     @property
     def title(self) -> str:
-        """Of a column."""
+        """Of a column, where no other kind has the same."""
         name = TOLD[self.task] + f" with {self.head}" * (self.task == "segment")
         if self.proxy:
             return f"{name}, a proxy"
@@ -110,18 +111,26 @@ class Study:
     def name(self, task: str) -> str:
         return (PROXY if self.data[task] == DEMO else REAL)[task]
 
-    def unknown(self, network: str, seed: int, task: str) -> Score:
+    def unknown(self, network: str, image_size: int, seed: int, task: str) -> Score:
         """A score that there is not yet."""
         recipe = self.recipe(task)
         of, head = f"{Path(self.name(task)).stem} {recipe.sha256[:8]}", recipe.head or HEADS[task][0]
-        size = recipe.side if task == "classify" else 0
-        return Score(network, task, self.data[task], of, seed, head, size)
+        return Score(network, task, self.data[task], of, seed, head, image_size if task == "classify" else 0)
+
+    def size_of(self, row: PaperRow) -> int:
+        """Pixels that a row is trained at as a classifier: its own, but in proxies and before dense tasks."""
+        own = self.data.get("classify") != DEMO and "top1" in ACCURACY[row.table]
+        return row.image_size if own or "classify" not in self.data else self.recipe("classify").side
 
 
 def study_of(
     data: Sequence[str], tasks: Sequence[str] = (), seeds: int | None = None, overrides: Sequence[str] = ()
 ) -> Study:
     """What `data` are for: folders for the task that they are laid out for, "demo" for `tasks`, or classification."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "reproduce trains in one process; let torchrun start `nextvit train`, and give the weights to --evaluate."
+        )
     if unknown := [task for task in tasks if task not in TASKS]:
         raise UserError(f"there is no task {unknown[0]!r}; take of {', '.join(TASKS)}.")
     if tasks and DEMO not in data:
@@ -131,7 +140,7 @@ def study_of(
         for task in (tasks or ["classify"]) if place == DEMO else [task_of(place)]:
             if task in found:
                 raise UserError(f"{found[task]} and {place} are both for the task {task}; leave one of them out.")
-            found[task] = place if place == DEMO else _there(place, task)
+            found[task] = place_of(place, task)
     if DEMO in found.values():
         if set(found.values()) != {DEMO}:
             raise UserError("the shipped images are for proxies; train on them in a run of their own.")
@@ -143,10 +152,12 @@ def study_of(
     return study
 
 
-def _there(place: str, task: str) -> str:
-    """The folder, by its whole path; UserError where it has nothing for the task."""
-    split_names(place, task)
-    return str(Path(place).resolve())
+def place_of(data: str, task: str) -> str:
+    """DATA by its whole path; UserError where there is nothing of it."""
+    if data == DEMO:
+        return data
+    split_names(data, task)
+    return data if are_urls(data) else str(Path(data).resolve())
 
 
 # ---- trained ---------------------------------------------------------------------------------------------------------
@@ -158,41 +169,45 @@ def train_networks(rows: Sequence[PaperRow], study: Study, folder: Path, threads
     What is there is not trained again, and a training that was stopped goes on. A dense task starts from the network's
     own classifier of the same seed. Runs on real sets stay in runs/ of the folder; those of proxies go.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            "reproduce trains in one process; let torchrun start `nextvit train` with --output "
-            f"{folder / RUNS}/NETWORK-RECIPE-SEED, and reproduce takes what it finds there."
-        )
-    networks = list(dict.fromkeys(row.network for row in rows))
-    wanted = [(network, seed) for network in networks for seed in range(study.seeds)]
-    for number, (network, seed) in enumerate(wanted, 1):
-        if all(study.unknown(network, seed, task).key in _known(folder) for task in study.data):
+    folder = folder.resolve()  # a dense run knows its start by the whole path
+    networks = list(dict.fromkeys((row.network, study.size_of(row)) for row in rows if not _tuned_further(row)))
+    wanted = [(network, size, seed) for network, size in networks for seed in range(study.seeds)]
+    for number, (network, size, seed) in enumerate(wanted, 1):
+        if all(study.unknown(network, size, seed, task).key in _known(folder) for task in study.data):
             continue
         say(f"{number} of {len(wanted)}: train {network}, seed {seed}")
         try:
-            for score in _trained(network, seed, study, folder, threads):
+            for score in _trained(network, size, seed, study, folder, threads):
                 _keep(score, folder)
         except Interrupted as stopped:
             raise Interrupted(stopped.number, "saved; go on with the same command.") from stopped
     return read_scores(folder)
 
 
-def _trained(network: str, seed: int, study: Study, folder: Path, threads: int | None) -> Iterator[Score]:
+def _tuned_further(row: PaperRow) -> bool:
+    """Whether it is a network of another row, trained further at another size: `in1k_384` does that, from weights."""
+    return row.image_size != SIZES[row.table] and not is_foreign(row.network)
+
+
+def _trained(network: str, size: int, seed: int, study: Study, folder: Path, threads: int | None) -> Iterator[Score]:
     """A score a task that is not known. Of a proxy what is known is trained again where another task starts from it."""
     proxy = DEMO in study.data.values()
     begun = []
     for task, data in study.data.items():
-        score, recipe = study.unknown(network, seed, task), replace(study.recipe(task), model=network, seed=seed)
+        score, recipe = study.unknown(network, size, seed, task), replace(study.recipe(task), model=network, seed=seed)
         if score.key in _known(folder) and not (proxy and task == "classify"):
             continue
         run = run_folder(score, folder)
         try:
-            if task != "classify":
+            if task == "classify":
+                recipe = with_image_size(recipe, size)
+            else:
                 recipe = replace(recipe, weights=str(_classifier(score, study, folder)))
             if is_foreign(network):  # what only ours have
                 recipe = replace(recipe, drop_path=None, optimizer=replace(recipe.optimizer, frozen_stages=0))
             place = str(scenes_folder(*SCENES) / "coco") if (data, task) == (DEMO, "detect") else data
-            begun += [run] * proxy
+            with owned(run, new=False):  # by no other process
+                begun += [run] * proxy
             resumed = any((run / name).exists() for name in (LAST, PREVIOUS, BEST))
             if run.exists() and not resumed:
                 shutil.rmtree(run)  # it was stopped before it came to anything
@@ -211,19 +226,25 @@ def _trained(network: str, seed: int, study: Study, folder: Path, threads: int |
 
 def _classifier(score: Score, study: Study, folder: Path) -> Path:
     """The weights that a dense task starts from: a finished training of the same network and seed."""
-    start = replace(study, data={"classify": DEMO if score.kind.proxy else study.data.get("classify", "")})
-    of = start.unknown(score.network, score.seed, "classify").of
+    recipe = Path((PROXY if score.kind.proxy else REAL)["classify"]).stem
+    found = None
     for known in read_scores(folder):
-        same = (known.network, known.seed, known.task, known.of) == (score.network, score.seed, "classify", of)
-        if same and known.percent is not None and (run_folder(known, folder) / WEIGHTS).exists():
-            return run_folder(known, folder) / WEIGHTS
-    more = "which could not be trained" if "classify" in study.data else f"--train IMAGENET --train {score.data}"
-    raise UserError(f"it starts from a classifier of the same network and seed: {more}.")
+        same = (known.network, known.seed, known.task) == (score.network, score.seed, "classify")
+        if same and known.percent is not None and known.of.partition(" ")[0] == recipe:
+            found = run_folder(known, folder) / WEIGHTS
+            if found.exists():
+                return found
+    if found is not None:
+        why = f"and {found} is gone"
+    else:
+        why = "which could not be trained" if "classify" in study.data else f"--train IMAGENET --train {score.data}"
+    raise UserError(f"it starts from a classifier of the same network and seed: {why}.")
 
 
 def run_folder(score: Score, folder: Path) -> Path:
-    """Where its training lies: runs/NETWORK-RECIPE-SEED."""
-    return folder / RUNS / f"{_file_name(score.network)}-{score.of.partition(' ')[0]}-{score.seed}"
+    """Where its training lies: runs/NETWORK-RECIPE-DIGEST-SEED, with the size of a classifier behind it."""
+    size = f"-{score.image_size}" * bool(score.image_size)
+    return folder / RUNS / f"{_file_name(score.network)}-{score.of.replace(' ', '-')}-{score.seed}{size}"
 
 
 def evaluated(
@@ -232,7 +253,12 @@ def evaluated(
     """On the images that nothing was trained on: `test` of the data, else `val`. All of them must be readable."""
     m = network.metadata
     prepared = prepared_for(m, image_size, None)
-    split = read_split(data, default_eval_split(data, m.task), m.labels or None, m.task)
+    numbers = [str(number) for number in range(m.num_classes)] if m.task == "classify" else None
+    split = read_split(data, default_eval_split(data, m.task), m.labels or numbers, m.task)
+    if len(split.labels) != m.num_classes:
+        raise UserError(f"{data} has {len(split.labels)} classes and the network {m.num_classes}.")
+    if faults := getattr(split, "faults", ()):
+        raise UserError(f"{data}: {faults[0]}")
     session = TorchSession(network, device="auto", threads=threads, precision="fp32")
     found = LEARNING[m.task].validate(session, split, prepared, Loading(BATCH, 0, ALONE))
     if found.rejected:
@@ -251,24 +277,25 @@ def evaluate_networks(
     or -mask_rcnn of a dense network. Without a file, Next-ViT's published ones. Scores are kept as those of trainings.
     """
     task = task_of(data)
-    place = data if data == DEMO else _there(data, task)
+    place = place_of(data, task)
     tried = 0
     for row in rows:
-        if task == "classify" and "top1" not in row.printed:
-            continue  # of a table of dense networks
+        if task == "classify" and "top1" not in ACCURACY[row.table]:
+            continue
         for head in HEADS[task]:
             size = row.image_size if task == "classify" else 0
             score = Score(row.network, task, place, GIVEN, head=head, image_size=size)
             try:
                 file = _weights_of(row, task, head, weights)
+                tried += file is not None
                 if file is None:
                     continue
-                tried += 1
                 score = replace(score, source=file if isinstance(file, str) else f"{file.name} {_digest(file)}")
                 network = _opened(row, task, head, str(file))
                 found = evaluated(of_size(network, size or None), place, threads, image_size=size or None)
                 score = replace(score, percent=round(found.numbers[METRIC[task]], 3))
-            except FAULTS as error:
+            except (*FAULTS, OSError) as error:
+                tried += 1
                 say(f"{row.name}: {first_line(error)}")
                 score = replace(score, why=first_line(error))
             _keep(score, folder, anew=True)
@@ -330,7 +357,11 @@ def _keep(score: Score, folder: Path, *, anew: bool = False) -> None:
 
 
 def of_row(row: PaperRow, scores: Sequence[Score], kind: Kind) -> list[Score]:
-    """Of a row's network, one a seed, of one kind. A classifier's are of the row's size, but for those of proxies."""
+    """Of a row's network, one a seed, of one kind. A classifier's are of the row's size; proxies are of no size, and of
+    the row that is the network's own.
+    """
+    if kind.of != GIVEN and _tuned_further(row):
+        return []
     return [
         one
         for one in scores
@@ -339,11 +370,14 @@ def of_row(row: PaperRow, scores: Sequence[Score], kind: Kind) -> list[Score]:
     ]
 
 
-def kinds_of(rows: Sequence[PaperRow], scores: Sequence[Score]) -> list[Kind]:
-    """The kinds of scores that these rows have, one a title: the newest where a recipe or a place became another."""
-    kinds = dict.fromkeys(one.kind for one in scores)
-    there = [kind for kind in kinds if any(of_row(row, scores, kind) for row in rows)]
-    return list({kind.title: kind for kind in there}.values())
+def kinds_of(rows: Sequence[PaperRow], scores: Sequence[Score]) -> dict[Kind, str]:
+    """The kinds of scores that these rows have, each with a title of its own."""
+    kinds = [k for k in dict.fromkeys(one.kind for one in scores) if any(of_row(row, scores, k) for row in rows)]
+    titles = [kind.title for kind in kinds]
+    return {
+        kind: kind.title if titles.count(kind.title) == 1 else f"{kind.title} ({kind.data}, {kind.of})"
+        for kind in kinds
+    }
 
 
 def mean_of(scores: Sequence[Score]) -> float | None:

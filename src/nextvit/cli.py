@@ -722,11 +722,15 @@ def reproduce(
     debug: Debug = False,
 ) -> None:
     """The paper's tables on this machine: costs counted, latencies measured, beside what is printed."""
-    from nextvit.accuracies import study_of
+    from nextvit.data.sets import task_of
     from nextvit.describe import table as as_table
+    from nextvit.extras import need
     from nextvit.paper import ABLATION_TABLES, TABLES, paper_rows
     from nextvit.reproduce import chosen_setups
     from nextvit.reproduced import figure1, rerun, summary, write_readme
+
+    need("pydantic", extra="train")
+    from nextvit.accuracies import place_of, study_of
 
     known = sorted((*TABLES, *ABLATION_TABLES))
     if what not in (*known, "figure1", "all"):
@@ -738,6 +742,8 @@ def reproduce(
     study = study_of(train, task.split(",") if task else (), seeds, overrides or ()) if train else None
     if weights is not None and (evaluate is None or not weights.is_dir()):
         raise UserError("--weights is a folder of weight files, and goes with --evaluate DATA.")
+    if evaluate is not None:
+        place_of(evaluate, task_of(evaluate))  # refused before anything is measured
     done = {}
     for table in {"figure1": TABLES, "all": known}.get(what, (what,)):
         rows = [row for row in paper_rows(table) if not only or any(part.lower() in row.name.lower() for part in only)]

@@ -140,7 +140,8 @@ def of_equal_latency(
         references: dict[str, Sessions] = {}
         for ablation in _ablations(rows):
             base, name, size = ablation.variant.name, ablation.reference, SIZES[ablation.table]
-            if name is None or base in _by_name(done, setup):
+            there = {one.network.partition("@")[0] for one in done if (one.runtime, one.precision) == setup}
+            if name is None or base in there:
                 continue
             if name not in references:
                 references[name] = Sessions(create_model(name), size, Path(place, name), threads)
@@ -158,14 +159,12 @@ def of_equal_latency(
             told = found.third, found.more, ratio, found.tried
             done.append(Depth(network, name, runtime, precision, machine(), threads, *told))
             write_rows(file, [asdict(one) for one in done])
-    return at_depths(rows, done, setup)
+    return at_depths(rows, [one for one in done if (one.runtime, one.precision) == setup])
 
 
-def at_depths(
-    rows: Sequence[PaperRow], known: Sequence[Depth], setup: tuple[str, str]
-) -> tuple[list[PaperRow], list[Depth]]:
-    """Rows of ablations with the depths that are known of them, and these depths; the others as they are."""
-    ablations, by_name = _ablations(rows), _by_name(known, setup)
+def at_depths(rows: Sequence[PaperRow], known: Sequence[Depth]) -> tuple[list[PaperRow], list[Depth]]:
+    """Rows of ablations with the last depths that are known of them, and these depths; the others as they are."""
+    ablations, by_name = _ablations(rows), {depth.network.partition("@")[0]: depth for depth in known}
     depths = {a.variant.name: by_name[a.variant.name] for a in ablations if a.variant.name in by_name}
     chosen = {name: (depth.third, depth.more) for name, depth in depths.items()}
     return [ablation_row(a, chosen.get(a.variant.name, a.depths)) for a in ablations], list(depths.values())
@@ -173,10 +172,6 @@ def at_depths(
 
 def _ablations(rows: Sequence[PaperRow]) -> list[Ablation]:
     return [a for a in ABLATIONS if a.variant.name in {row.network for row in rows}]
-
-
-def _by_name(depths: Sequence[Depth], setup: tuple[str, str]) -> dict[str, Depth]:
-    return {d.network.partition("@")[0]: d for d in depths if (d.runtime, d.precision) == setup}
 
 
 def _opened(

@@ -15,6 +15,10 @@ class MissingExtra(UserError, ImportError):
     """An optional library is not installed; the message names the `pip install` line that brings it."""
 
 
+class NotConverted(UserError):
+    """A converter cannot take a model as it was given: perhaps with other sizes left open it can."""
+
+
 class NotHere(UserError):
     """This file, runtime or machine does not have the precision or the hint that was asked for."""
 

@@ -70,11 +70,11 @@ def chosen_setups(runtimes: Sequence[str], precisions: Sequence[str]) -> list[tu
     chosen = [(runtime, precision) for runtime, precision in SETUPS if runtime in runtimes and precision in precisions]
     if "bf16" not in fast_precisions(pick_device("cpu")):
         chosen = [setup for setup in chosen if setup[1] != "bf16"]
-    if any(runtime == "coreml" for runtime, _ in chosen) and (why := not_here()):
+    if "coreml" in runtimes and (why := not_here()):
         raise UserError(f"CoreML {why}; leave it out of the runtimes.")
     if not chosen:
         raise UserError(
-            "none of these runtimes has one of these precisions here; fp32 runs everywhere, fp16 on CoreML alone."
+            "none of these runtimes has one of these precisions here; CoreML has fp16, all others have fp32."
         )
     if without := [runtime for runtime in runtimes if runtime not in dict(chosen)]:
         say(f"note: {', '.join(without)}: not in {' or '.join(precisions)} here, so left out.")

@@ -105,7 +105,7 @@ def latency_rows(
         note = note_of(row.network)
         line: dict[str, object] = {"network": row.name + f" ({note})" * bool(note), "pixels": row.image_size}
         line |= {name: row.printed.get(column, "-") for column, name in ACCURACY[row.table].items()}
-        line |= {kind.title: summed_up(of_row(row, scores, kind)) for kind in kinds}
+        line |= {title: summed_up(of_row(row, scores, kind)) for kind, title in kinds.items()}
         line |= {name: row.printed.get(column, "-") for column, name in PRINTED.items()}
         for setup in setups:
             one = by_row.get((row.key, *setup))
@@ -123,11 +123,11 @@ def order_rows(rows: Sequence[PaperRow], found: Sequence[Latency], scores: Seque
         for setup in dict.fromkeys(one.setup for one in found):
             here = {one.row: one.ratio for one in found if one.setup == setup and one.ratio is not None}
             lines += [_order(_named(setup), name, column, known, here) for column, name in PRINTED.items()]
-    for kind in kinds_of(rows, scores):
+    for kind, title in kinds_of(rows, scores).items():
         means = {key: mean_of(of_row(row, scores, kind)) for key, row in known.items()}
         here = {key: mean for key, mean in means.items() if mean is not None}
         columns = {column: name for column, name in ACCURACY[rows[0].table].items() if column in AS_PRINTED[kind[:2]]}
-        lines += [_order(kind.title, name, column, known, here) for column, name in columns.items()]
+        lines += [_order(title, name, column, known, here) for column, name in columns.items()]
     return [line for line in lines if line]
 
 
@@ -205,11 +205,9 @@ def rerun(
         setup = next(setup for setup in setups if setup[0] == setups[-1][0])
         if not costs_alone:
             of_equal_latency(rows, file, setup, threads=threads, rounds=rounds)
-        known = read_records(file, Depth)
-        if costs_alone and known and setup not in {(one.runtime, one.precision) for one in known}:
-            setup = known[-1].runtime, known[-1].precision
-        rows, _ = at_depths(rows, known, setup)
-        shown, depths = at_depths(shown, known, setup)
+        known = sorted(read_records(file, Depth), key=lambda one: (one.runtime, one.precision) == setup)
+        rows, _ = at_depths(rows, known)
+        shown, depths = at_depths(shown, known)
     place = folder / f"measured-{table if table in ABLATION_TABLES else SIZES[table]}.csv"  # 5 and 6 share theirs
     if not costs_alone:
         measure(rows, place, setups=setups, batches=batches, threads=threads, rounds=rounds)
@@ -262,11 +260,15 @@ def write_reproduction(one: Rerun, folder: Path) -> None:
         parts.append(report.heading("Depths that come nearest to the reference's latency"))
         within = [{**asdict(depth), "within 3 %": "yes" if depth.ok else "no"} for depth in one.depths]
         parts.append(report.html_table(within))
-    if orders := order_rows(rows, found, one.scores):
-        write_rows(folder / f"{table}-orders.csv", orders)
+    orders = order_rows(rows, found, one.scores)
+    for what, some in (("orders", orders), ("claims", claims)):
+        if some:
+            write_rows(folder / f"{table}-{what}.csv", some)
+        else:
+            (folder / f"{table}-{what}.csv").unlink(missing_ok=True)
+    if orders:
         parts += [report.heading("Is the order the paper's?"), report.html_table(orders)]
     if claims:
-        write_rows(folder / f"{table}-claims.csv", claims)
         parts += [report.heading("Claims of the text"), report.html_table(claims)]
     parts += [
         report.heading("Parameters (millions) and operations (10^9 multiply-adds)"),
@@ -388,7 +390,7 @@ def write_readme(folder: Path) -> None:
             parts += [PROXY_NOTE] * any("a proxy" in column for column in measured[0])
         parts += [_markdown(there[what]) for what in ("orders", "claims") if there.get(what)]
         if there.get("depths"):
-            hidden = ("machine", "threads", "runtime", "precision")
+            hidden = ("machine", "threads")
             parts.append(_markdown([{k: v for k, v in one.items() if k not in hidden} for one in there["depths"]]))
         if costs := there.get("costs"):
             printed = [one for one in costs if one["printed"] != "-"]
@@ -402,7 +404,12 @@ def write_readme(folder: Path) -> None:
         parts.append(f"## Figure 5: frequencies of the maps\n\n![spectra](figure5/spectra.png)\n\n{FIGURE5_NOTE}")
     if (folder / "fit.csv").exists():
         records = _records(folder / "fit.csv")
-        measured = [{k: v for k, v in one.items() if k not in ("machine", "threads")} for one in records]
+        where = [(one["machine"], one["threads"]) for one in records]
+        measured = [
+            {k: v for k, v in one.items() if k not in ("machine", "threads")}
+            for one, own in zip(records, where, strict=True)
+            if own == where[-1]
+        ]
         parts.append("## fit: latency as predicted and as measured, of configurations drawn at random")
         parts.append(_markdown(measured))
     write_text(folder / "README.md", "\n\n".join(parts) + "\n")

@@ -15,7 +15,7 @@ from nextvit import __version__
 from nextvit.backbone import NextViT
 from nextvit.data.images import ImageSource
 from nextvit.detector import Detector
-from nextvit.errors import AccuracyError, DiskFull, OutOfMemory, ParityError, UserError
+from nextvit.errors import AccuracyError, DiskFull, NotConverted, OutOfMemory, ParityError, UserError
 from nextvit.exporters.calibration import Calibration, read_calibration
 from nextvit.exporters.example import write_example
 from nextvit.exporters.form import StageOutputs, export_form
@@ -118,7 +118,7 @@ def export(
     start = time.perf_counter()
     one_size = isinstance(model, ForeignClassifier) and model.fixed_size
     free = fmt.left_open(metadata.preprocess.image_size, dynamic, preprocess)
-    free = Free(batch=free.batch, sides=free.sides and not one_size)
+    free = Free(batch=free.batch, sides=free.sides and (preprocess or not one_size))
     notes: tuple[str, ...] = ()
     if metadata.task == "detect":
         free = Free(batch=False, sides=free.sides and metadata.preprocess.image_size >= LEAST_OF_DETECTOR)
@@ -143,7 +143,8 @@ def export(
             written, measured, job = _write(writer, plain, job, images, max_drop)
             parity = _compared(plain, written, free, precision)
         except Exception as error:  # each library has several kinds for sizes that cannot be left open
-            if not isinstance(model, ForeignClassifier) or not free.sides or isinstance(error, KNOWN) or qat_epochs:
+            mendable = isinstance(model, ForeignClassifier) and free.sides and not preprocess and not qat_epochs
+            if not mendable or (isinstance(error, KNOWN) and not isinstance(error, NotConverted)):
                 raise
             free = Free(batch=free.batch, sides=False)
             job = replace(job, form=export_form(plain, fixed=True), free=free)
@@ -160,7 +161,7 @@ def export(
         if fmt.program:
             remember(unfinished)
         if dynamic and fmt.free.sides and not free.sides:
-            notes = (*notes, f"the sides are fixed: {_why_fixed(model, fmt)}")
+            notes = (*notes, f"the sides are fixed: {_why_fixed(model, fmt, metadata.preprocess.image_size)}")
         report = ExportReport(
             str(path),
             fmt.name,
@@ -285,8 +286,8 @@ def _insist(parity: Parity | ObjectParity, path: Path, stages: Sequence[StageCom
         )
 
 
-def _why_fixed(model: Network, fmt: Format) -> str:
-    if isinstance(model, ForeignClassifier):
+def _why_fixed(model: Network, fmt: Format, image_size: int) -> str:
+    if isinstance(model, ForeignClassifier) and image_size >= fmt.open_from:
         return f"{model.metadata.variant} does not leave them open"
     least = max(fmt.open_from, LEAST_OF_DETECTOR) if model.metadata.task == "detect" else fmt.open_from
     return f"{fmt.name} leaves them open from {least} pixels up only"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nextvit.errors import UserError
+from nextvit.errors import NotConverted, UserError
 from nextvit.exporters.job import Job
 from nextvit.exporters.preprocessing import Preprocessing
 from nextvit.extras import need
@@ -98,4 +98,4 @@ def converting(format_name: str) -> Iterator[None]:
         raise
     except Exception as error:  # converters raise kinds of their own, bare exceptions among them
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise UserError(f"{format_name} cannot take this model: {(lines or [type(error).__name__])[0]}") from error
+        raise NotConverted(f"{format_name} cannot take this model: {(lines or [type(error).__name__])[0]}") from error
