@@ -58,7 +58,7 @@ def main() -> None:
         if any({**row, **here, "network": c.name, "pixels": str(size)} == row for row in done):
             continue
         times, counted = latencies(device, c.frame, size, MIX, asked.rounds), operations(c.frame, size, MIX)
-        found = build(Candidate(c, size, times.of(c), counted.of(c), 0.0), device, asked.rounds)
+        found = build(Candidate(c, size, times.of(c), times.base, counted.of(c), 0.0), device, asked.rounds)
         row = fitted_row(found)
         del row["promise"]
         done.append({**here, **{key: str(value) for key, value in row.items()}})

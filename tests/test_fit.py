@@ -156,8 +156,11 @@ def test_a_budget_that_nothing_keeps_is_told():
 
 
 def test_the_error_is_of_the_prediction():
-    c = Candidate(Configuration("nextvit_nano", 1, 1, 1, 1, 1), 224, 11.0, 1.0, 0.0)
-    assert Fitted(c, 10.0).error == pytest.approx(0.1)
+    c = Candidate(Configuration("nextvit_nano", 1, 1, 1, 1, 1), 224, 11.0, 5.0, 1.0, 0.0)
+    for speed in (1, 2):  # of a machine that is as busy as it was, or busier
+        one = Fitted(c, 10.0 * speed, ratio=2.0, base_ms=5.0 * speed)
+        assert one.error == pytest.approx(0.1)
+        assert one.speed == pytest.approx(speed)
 
 
 # ---- the verb --------------------------------------------------------------------------------------------------------

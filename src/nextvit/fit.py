@@ -68,21 +68,29 @@ class Candidate:
     configuration: Configuration
     image_size: int  # pixels a side
     predicted_ms: float  # batch 1
+    base_ms: float  # of the network with one block of each part, when blocks were measured
     gflops: float  # 1e9 multiply-adds at that size, as the authors count
     promise: float  # points of top-1 more than S at 224 pixels: see `promise_of`
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A candidate as it was measured."""
+    """A candidate as it was measured, beside the network with one block of each part."""
 
     candidate: Candidate
     measured_ms: float  # median of the rounds
+    ratio: float  # to that network's, within the rounds
+    base_ms: float  # its own
+
+    @property
+    def speed(self) -> float:
+        """How many times as long the machine takes now as when blocks were measured."""
+        return self.base_ms / self.candidate.base_ms
 
     @property
     def error(self) -> float:
-        """Of the prediction, relative to what was measured."""
-        return self.candidate.predicted_ms / self.measured_ms - 1
+        """Of the prediction at the machine's present speed, relative to what was measured."""
+        return self.candidate.predicted_ms / self.candidate.base_ms / self.ratio - 1
 
 
 def parts_of(c: Configuration) -> dict[str, int]:
@@ -173,7 +181,8 @@ def candidates(
         predicted = times.of(c)
         if predicted <= budget_ms:
             promise = promise_of(at_224.of(c), image_size)
-            found.append(Candidate(c, image_size, round(predicted, 3), round(at_size.of(c), 3), round(promise, 3)))
+            told = round(predicted, 3), round(times.base, 3), round(at_size.of(c), 3), round(promise, 3)
+            found.append(Candidate(c, image_size, *told))
     return sorted(found, key=lambda one: (-one.promise, abs(one.configuration.n - 4)))
 
 
@@ -223,9 +232,10 @@ def fit(
 
 
 def build(candidate: Candidate, device: Device, rounds: int = ROUNDS) -> Fitted:
-    """Build and measure it."""
-    (row,) = measured(device, [(candidate.configuration, candidate.image_size)], rounds)
-    return Fitted(candidate, row.median_ms)
+    """Build it and measure it, side by side with the network that its blocks were measured from."""
+    c, size = candidate.configuration, candidate.image_size
+    base, own = measured(device, [(probes(c.frame, c.mix)["base"], size), (c, size)], rounds)
+    return Fitted(candidate, own.median_ms, own.ratio, base.median_ms)
 
 
 def budget_of(text: str) -> float:
@@ -246,5 +256,6 @@ def fitted_row(one: Fitted) -> dict[str, object]:
         "promise": round(c.promise, 2),
         "predicted_ms": round(c.predicted_ms, 2),
         "measured_ms": round(one.measured_ms, 2),
+        "speed": round(one.speed, 3),
         "error": f"{one.error:+.1%}",
     }

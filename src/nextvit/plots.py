@@ -234,7 +234,10 @@ def trade_off(panels: Sequence[Panel], ours: str, anchor: str, path: Path) -> No
     ours: how the families begin that stand out, each member with its name; others have their family's alone.
     """
     rows, columns = (1 + max(getattr(panel, side) for panel in panels) for side in ("row", "column"))
-    figure = _figure(4.6 * columns, 3.9 * rows)
+    figure = _figure(5.2 * columns, 4.4 * rows)
+    names = list(dict.fromkeys(point.family for panel in panels for point in panel.points))
+    tab20 = need("matplotlib", extra="plots").colormaps["tab20"].colors
+    palette = [*tab20[:2], *tab20[4:]]  # without the two oranges, which are ours
     grid = figure.subplots(rows, columns, squeeze=False)
     empty = {(row, column) for row in range(rows) for column in range(columns)}
     for panel in panels:
@@ -243,11 +246,11 @@ def trade_off(panels: Sequence[Panel], ours: str, anchor: str, path: Path) -> No
         for family, members in _families(panel).items():
             own = family.startswith(ours)
             line = [m.ratio for m in members], [m.accuracy for m in members]
-            colour = ORANGE if own else BLUE
+            colour = ORANGE if own else palette[names.index(family) % len(palette)]
             axes.plot(*line, color=colour, marker="o", ms=5 if own else 3, lw=2 if own else 0.8, zorder=2 + own)
             for m in members if own else members[-1:]:
                 place = {"xy": (m.ratio, m.accuracy), "xytext": (3, 3), "textcoords": "offset points"}
-                axes.annotate(m.name if own else family, size=7, color=colour if own else GREY, **place)
+                axes.annotate(m.name if own else family, size=7, color=colour, **place)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else "")
