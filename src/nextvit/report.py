@@ -490,12 +490,15 @@ def write_check(found: Checked, data: str, page: Path) -> None:
 
 # ---- HTML ------------------------------------------------------------------------------------------------------------
 
+SHORT = 40  # characters of a cell that stay on one line
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1c2430; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.7rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #dde2e8; }
 img { max-width: 100%; } table { border-collapse: collapse; font-size: .85rem; }
 td, th { padding: .25rem .7rem; text-align: left; border-bottom: 1px solid #e6eaef; } th { color: #596473; }
-.scroll { overflow-x: auto; } .big { font-size: 2.2rem; font-weight: 600; color: #1f5fa8; } .note { color: #596473; }
+.scroll { overflow-x: auto; width: max-content; max-width: 96vw; min-width: 100%; }
+.scroll { position: relative; left: 50%; transform: translateX(-50%); } .short { white-space: nowrap; }
+.big { font-size: 2.2rem; font-weight: 600; color: #1f5fa8; } .note { color: #596473; }
 pre { background: #f3f5f8; padding: .8rem; overflow-x: auto; }
 """
 
@@ -516,8 +519,13 @@ def picture(path: Path, alt: str) -> str:
 
 def html_table(rows: Sequence[Mapping[str, object]]) -> str:
     head = "".join(f"<th>{html.escape(key.replace('_', ' '))}</th>" for key in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in row.values()) + "</tr>" for row in rows)
+    body = "".join("<tr>" + "".join(map(_cell, row.values())) + "</tr>" for row in rows)
     return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def _cell(value: object) -> str:
+    text = str(value)
+    return f"<td{' class=short' if len(text) <= SHORT else ''}>{html.escape(text)}</td>"
 
 
 def preformatted(text: str) -> str:

@@ -7,6 +7,7 @@ batch, and the ratio to the anchor is what rows are compared by: a busy hour the
 import csv
 import gc
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -287,7 +288,7 @@ def _latency(row: PaperRow, runtime: str, precision: str, batch: int, threads: i
 def first_line(error: Exception) -> str:
     """What is told of an error in a table."""
     kind = "" if isinstance(error, UserError | NotHere) else f"{type(error).__name__}: "
-    lines = str(error).strip().splitlines() or ["?"]
+    lines = re.sub(r"\x1b\[\d*m", "", str(error)).strip().splitlines() or ["?"]  # some are coloured
     return kind + lines[0][:300]
 
 
