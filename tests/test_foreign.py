@@ -94,7 +94,7 @@ def test_a_network_of_one_size_takes_images_of_any_with_preprocessing_inside(tmp
     assert session(images).shape == (1, 5)
 
 
-def test_tables_that_are_interpolated_at_every_call_are_made_once_for_a_size():
+def test_tables_that_are_interpolated_at_every_call_are_made_once_for_a_size(tmp_path):
     model = create_model("peer:cmt_tiny", num_classes=5).eval()
     other = of_size(model, 96)
     images = torch.rand(1, 3, 96, 96)
@@ -103,7 +103,10 @@ def test_tables_that_are_interpolated_at_every_call_are_made_once_for_a_size():
     assert [stage.bias.shape[1] for stage in other.body.stages] == [24 * 24, 12 * 12, 36, 9]
     assert other.metadata.preprocess.image_size == 96
     assert model.metadata.preprocess.image_size == 160
-    assert [stage.bias.shape[1] for stage in model.body.stages][0] == 40 * 40
+    assert model.body.stages[0].bias.shape[1] == 40 * 40
+    save_weights(tmp_path / "m.safetensors", other.state_dict(), other.metadata)  # as it is after training at that size
+    with torch.inference_mode():
+        torch.testing.assert_close(open_checkpoint(tmp_path / "m.safetensors").eval()(images), other(images))
 
 
 def test_a_table_of_positions_that_cannot_follow_is_told():

@@ -274,7 +274,9 @@ def test_a_reconstruction_is_no_evidence():
     assert not reconstructed["onnx fp32"].endswith("*")
 
 
-@pytest.mark.parametrize(("ratio", "verdict"), [(1.05, "holds"), (0.93, "holds"), (1.3, "not here"), (0.7, "not here")])
+@pytest.mark.parametrize(
+    ("ratio", "verdict"), [(1.05, "holds"), (0.93, "holds"), (1.3, "faster than that"), (0.7, "not here")]
+)
 def test_latencies_that_are_called_similar_are_within_a_tenth(ratio, verdict):
     (claim,) = [claim for claim in CLAIMS if claim.similar]
     rows = [row for row in ROWS["table4"] if row.key in (claim.faster, claim.slower)]

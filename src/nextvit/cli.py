@@ -722,15 +722,15 @@ def reproduce(
     debug: Debug = False,
 ) -> None:
     """The paper's tables on this machine: costs counted, latencies measured, beside what is printed."""
+    from nextvit.extras import need
+
+    need("pydantic", extra="train")  # what is imported next reads recipes and records with it
+    from nextvit.accuracies import place_of, study_of
     from nextvit.data.sets import task_of
     from nextvit.describe import table as as_table
-    from nextvit.extras import need
     from nextvit.paper import ABLATION_TABLES, TABLES, paper_rows
     from nextvit.reproduce import chosen_setups
     from nextvit.reproduced import figure1, rerun, summary, write_readme
-
-    need("pydantic", extra="train")
-    from nextvit.accuracies import place_of, study_of
 
     known = sorted((*TABLES, *ABLATION_TABLES))
     if what not in (*known, "figure1", "all"):
