@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from nextvit import create_model, export, load, pipeline
@@ -14,6 +15,7 @@ from nextvit.errors import UserError
 from nextvit.exporters.parity import real_images
 from nextvit.metadata import Metadata, Preprocess
 from nextvit.runtime.session import Setup
+from nextvit.runtime.torch_session import TorchSession
 from tests.conftest import fill, nextvit_here
 
 
@@ -107,6 +109,38 @@ def test_a_row_for_each_batch_is_compared_image_by_image(clock):
 
 
 @pytest.mark.slow
+def test_calls_without_copies_compute_all_the_same(tmp_path):
+    model = create_model("nextvit_nano")
+    onnx = load(export(model, tmp_path / "nano.onnx", image_size=64).path, device="cpu").session
+    sessions = [("torch", TorchSession(model, device="cpu", threads=1, precision="fp32")), ("onnx", onnx)]
+    copied, there = (benchmark(sessions, rounds=8, image_size=64, resident=resident) for resident in (False, True))
+    for with_copies, without in zip(copied, there, strict=True):
+        assert without.median_ms > with_copies.median_ms / 4
+
+
+def test_what_has_no_device_cannot_be_measured_without_copies(clock):
+    with pytest.raises(ValueError, match="no memory of a device"):
+        benchmark([("a", Busy(0.01, clock))], resident=True)
+
+
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
+@CUDA
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_recorded_kernels_answer_as_the_network_for_every_shape(precision):
+    model = fill(create_model("nextvit_nano"))
+    folded, graph = (
+        TorchSession(model, device="cuda", threads=None, precision=precision, kind=kind) for kind in ("folded", "graph")
+    )
+    rng = np.random.default_rng(0)
+    for shape in ((1, 3, 64, 64), (4, 3, 96, 64), (1, 3, 64, 64)):
+        images = rng.standard_normal(shape, np.float32)
+        found, wanted = graph(images), folded(images)
+        assert np.abs(found - wanted).max() < {"fp32": 1e-4, "fp16": 2e-2}[precision] * np.abs(wanted).max()
+    assert benchmark([("graph", graph)], rounds=8, image_size=64, resident=True)[0].median_ms > 0
+
+
 def test_the_command_prints_a_row_for_each_runtime_with_threads_and_precision(tmp_path):
     output = tmp_path / "b.csv"
     done = nextvit_here(
@@ -207,7 +241,11 @@ def test_parts_of_a_batch_computed_side_by_side_give_the_same_answers(dynamic, t
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--runtimes", "tensorflow"], "no runtime 'tensorflow'; take of eager, folded, compiled, onnx, openvino"),
+        (
+            ["--runtimes", "tensorflow"],
+            "no runtime 'tensorflow'; take of eager, folded, compiled, graph, onnx, openvino",
+        ),
+        (["--runtimes", "graph"], "graphs are of CUDA devices"),
         (["--precision", "fp8"], "no precision 'fp8'"),
         (["--hint", "speed"], "no hint 'speed'; take of latency, throughput"),
         (["--hint", "throughput"], "torch has no throughput hint"),

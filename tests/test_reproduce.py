@@ -44,6 +44,7 @@ TINY = (  # of no paper: small enough to measure within a test
 )
 
 
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
 NO_MAC = pytest.mark.skipif(sys.platform == "darwin", reason="CoreML is there")
 SETUP = [("torch", "fp32")]  # others need minutes of export; the pages' commands run them
 
@@ -234,12 +235,22 @@ def test_a_file_of_something_else_is_refused(tmp_path):
         (["tvm"], ["fp32"], "no runtime 'tvm' to reproduce with; take of torch, onnx, openvino, coreml"),
         (["onnx"], ["fp8"], "no precision 'fp8'"),
         (["onnx"], ["int8"], "none of these runtimes has one of these precisions here"),
-        pytest.param(["onnx", "coreml"], ["fp32", "fp16"], "CoreML needs macOS; leave it out", marks=NO_MAC),
+        pytest.param(["onnx", "coreml"], ["fp32", "fp16"], "coreml needs macOS; leave it out", marks=NO_MAC),
+        pytest.param(["cuda"], ["fp16"], "cuda needs an NVIDIA GPU that torch sees; leave it out", marks=NO_GPU),
+        pytest.param(["tensorrt"], (), "tensorrt needs a build of ONNX Runtime with TensorRT in it", marks=NO_GPU),
     ],
 )
 def test_a_setup_that_there_is_not_is_refused(runtimes, precisions, told):
     with pytest.raises(UserError, match=told):
         chosen_setups(runtimes, precisions)
+
+
+def test_left_out_runtimes_are_all_that_are_here():
+    there = chosen_setups()
+    assert {("torch", "fp32"), ("onnx", "fp32"), ("openvino", "fp32"), ("openvino", "int8")} <= set(there)
+    assert ("cuda" in dict(there)) == torch.cuda.is_available()
+    assert ("coreml" in dict(there)) == (sys.platform == "darwin")
+    assert there == chosen_setups(list(dict(there)), ["fp32", "fp16", "bf16", "int8"])
 
 
 # ---- what follows ----------------------------------------------------------------------------------------------------

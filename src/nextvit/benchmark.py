@@ -2,8 +2,9 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from nextvit.errors import UserError
 from nextvit.footprint import Footprint
 from nextvit.pipeline import Pipeline
 from nextvit.progress import track
-from nextvit.runtime.session import Session, Setup, random_input
+from nextvit.runtime.session import OnDevice, Session, Setup, random_input
 
 CONFIDENCE = 0.99  # of every interval that is reported
 WARM_UP = 1.0  # seconds for each row, three calls at least
@@ -55,32 +56,44 @@ def benchmark(
     image_size: int | None = None,
     rounds: int = 20,
     seed: int = 0,
+    resident: bool = False,
 ) -> list[Row]:
     """Measure open sessions side by side in one run: a row for each session and batch size.
 
     sessions: (name, session); all is compared to the first, with the first batch size. image_size: None: each model's
     own. rounds: in each, every row is measured once, in an order drawn anew, so that what disturbs the machine disturbs
-    all alike; ratios are taken within a round.
+    all alike; ratios are taken within a round. resident: the input is in the memory of the device before, and the
+    output stays there; sessions must be OnDevice.
     """
     if rounds < fewest_rounds():
         raise UserError(f"a {CONFIDENCE:.0%} interval needs {fewest_rounds()} rounds or more, not {rounds}.")
+    if resident and not all(isinstance(session, OnDevice) for _, session in sessions):
+        raise ValueError("a session has no memory of a device")
     if not batches or min(batches) < 1:
         raise UserError(f"a batch size must be 1 or more, not {min(batches, default=None)}.")
     rng = np.random.default_rng(seed)
-    inputs, calls = [], []
+    once, inputs, calls = [], [], []
     rows = [(name, session, batch) for name, session in sessions for batch in batches]
     for name, session, batch in track(rows, total=len(rows), label="warm up"):
         size = image_size or session.metadata.preprocess.image_size
         inputs.append(random_input(session.metadata, batch, size, rng))
-        calls.append(_calls_a_round(name, session, inputs[-1]))
+        try:
+            once.append(_timed(session, inputs[-1], resident))
+            calls.append(_calls_a_round(once[-1]))
+        except Exception as error:  # each runtime has its own kinds; a file of fixed size is the usual reason
+            shape = "x".join(map(str, inputs[-1].shape))
+            raise UserError(
+                f"{name} cannot run an input of {shape}; a file of one size or batch takes no other. It says: "
+                f"{' '.join(str(error).split())[:300]}"
+            ) from error
     times = np.zeros((rounds, len(rows)))
     for number in track(range(rounds), total=rounds, label="measure"):
         for index in rng.permutation(len(rows)):
-            session, images = rows[index][1], inputs[index]
-            session(images)  # untimed: what ran before left its data in the caches, and its threads may wind down
+            call = once[index]
+            call()  # untimed: what ran before left its data in the caches, and its threads may wind down
             start = time.perf_counter()
             for _ in range(calls[index]):
-                session(images)
+                call()
             times[number, index] = (time.perf_counter() - start) / calls[index]
     return [
         _row(
@@ -96,18 +109,15 @@ def benchmark(
     ]
 
 
-def _calls_a_round(name: str, session: Session, images: np.ndarray) -> int:
+def _timed(session: Session, images: np.ndarray, resident: bool) -> Callable[[], Any]:
+    return session.resident(images) if resident and isinstance(session, OnDevice) else partial(session, images)
+
+
+def _calls_a_round(call: Callable[[], Any]) -> int:
     start, done = time.perf_counter(), 0
-    try:
-        while done < 3 or time.perf_counter() - start < WARM_UP:
-            session(images)
-            done += 1
-    except Exception as error:  # each runtime has its own kinds; a file of fixed size is the usual reason
-        shape = "x".join(map(str, images.shape))
-        raise UserError(
-            f"{name} cannot run an input of {shape}; a file of one size or batch takes no other. It says: "
-            f"{' '.join(str(error).split())[:300]}"
-        ) from error
+    while done < 3 or time.perf_counter() - start < WARM_UP:
+        call()
+        done += 1
     return max(1, round(SLICE * done / (time.perf_counter() - start)))
 
 

@@ -592,7 +592,8 @@ def benchmark(
     runtimes: Annotated[
         str,
         typer.Option(
-            help=f"For variants and checkpoints, of eager, folded, compiled; or of {', '.join(RUN)}, exported first."
+            help="For variants and checkpoints, of eager, folded, compiled, and on CUDA graph; or of "
+            f"{', '.join(RUN)}, exported first."
         ),
     ] = "folded",
     precision: Annotated[
@@ -708,10 +709,12 @@ def reproduce(
     weights: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Weight files to evaluate, each named as its MODEL is.")
     ] = None,
-    runtimes: Annotated[str, typer.Option(help="Of torch, onnx, openvino, coreml.")] = "torch,onnx,openvino",
+    runtimes: Annotated[
+        str | None, typer.Option(help="Of torch, onnx, openvino, coreml, cuda, tensorrt; left out: all that are here.")
+    ] = None,
     precision: Annotated[
-        str, typer.Option(help="Of fp32, fp16, bf16, int8, where a runtime has them.")
-    ] = "fp32,bf16,int8",
+        str | None, typer.Option(help="Of fp32, fp16, bf16, int8; left out: all that a runtime has.")
+    ] = None,
     batch_size: Annotated[str, typer.Option(help="Images a call; several, as in 1,8, make a column each.")] = "1",
     rounds: Annotated[int, typer.Option(min=8, help="Interleaved rounds of a row and its anchor.")] = 12,
     threads: Threads = None,
@@ -735,7 +738,7 @@ def reproduce(
     known = sorted((*TABLES, *ABLATION_TABLES))
     if what not in (*known, "figure1", "all"):
         raise UserError(f"there is no {what!r} to reproduce; take one of {', '.join(known)}, figure1, all.")
-    setups = chosen_setups(runtimes.split(","), precision.split(","))
+    setups = chosen_setups(*(asked.split(",") if asked else () for asked in (runtimes, precision)))
     batches = _counts("--batch-size", batch_size)
     if not train and (task or seeds or overrides):
         raise UserError("--task, --seeds and --set are about training; give --train DATA, or leave them out.")
@@ -776,8 +779,8 @@ def reproduce(
 @app.command(epilog="Example: nextvit fit --device-runtime openvino --precision fp32 --budget 10ms")
 def fit(
     budget: Annotated[str, typer.Option(metavar="TIME", help="Milliseconds for one image, as in 10ms.")],
-    device_runtime: Annotated[str, typer.Option(help="torch, onnx or openvino.")] = "openvino",
-    precision: Annotated[str, typer.Option(help="fp32, bf16 or int8, where the runtime has it.")] = "fp32",
+    device_runtime: Annotated[str, typer.Option(help="torch, onnx, openvino, coreml, cuda or tensorrt.")] = "openvino",
+    precision: Annotated[str, typer.Option(help="Of fp32, fp16, bf16, int8 one that the runtime has.")] = "fp32",
     sizes: Annotated[str | None, typer.Option(help="Pixels a side to choose from, as in 160,224.")] = None,
     frames: Annotated[str | None, typer.Option(help="Variants whose widths to choose from, with commas.")] = None,
     mix: Annotated[float, typer.Option(help="r, the share of E-MHSA in an NTB.")] = 0.75,

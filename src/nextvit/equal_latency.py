@@ -15,7 +15,7 @@ from nextvit.foreign import FAULTS
 from nextvit.paper import SIZES, PaperRow, ablation_row
 from nextvit.progress import say
 from nextvit.reproduce import ROUNDS, Sessions, insist_on_machine, machine, read_records
-from nextvit.runtime.session import Session
+from nextvit.runtime.session import Session, has_memory
 
 TOLERANCE = 0.03  # of the reference's latency
 A_BLOCK = 0.04  # of the latency, what one is taken for before two depths were measured
@@ -185,6 +185,7 @@ def _ratio(
     opened: Callable[[int, int], tuple[str, Session]], reference: Session, rounds: int, third: int, more: int
 ) -> float:
     network, session = opened(third, more)
-    ratio = benchmark([("reference", reference), (network, session)], rounds=rounds)[1].ratio
+    pair = [("reference", reference), (network, session)]
+    ratio = benchmark(pair, rounds=rounds, resident=has_memory(session))[1].ratio
     say(f"{network}: {third} blocks in stage 3, {more:+} in stage 2, {ratio:.3f} of the reference's latency")
     return ratio

@@ -1,7 +1,7 @@
 """Optional libraries: imported where they are used, and named with the extra that brings them when they are missing."""
 
 import importlib
-from importlib import metadata
+from importlib import metadata, util
 from types import ModuleType
 
 from nextvit.errors import MissingExtra
@@ -13,6 +13,11 @@ def need(module: str, *, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise MissingExtra(f'{error.name} is not installed; run: pip install "nextvit[{extra}]"') from error
+
+
+def installed(module: str) -> bool:
+    """Whether `need` would find it."""
+    return util.find_spec(module) is not None
 
 
 def version(distribution: str) -> str:

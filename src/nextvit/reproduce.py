@@ -29,16 +29,17 @@ from nextvit.devices import cpu_count, fast_precisions, pick_device, processor_n
 from nextvit.errors import NotHere, UserError
 from nextvit.exporters.export import export
 from nextvit.exporters.parity import real_images
-from nextvit.extras import need, version
+from nextvit.extras import installed, need, version
 from nextvit.files import write_rows
 from nextvit.foreign import FAULTS, is_foreign, note_of
 from nextvit.formats import format_named
 from nextvit.networks import Network, of_size
 from nextvit.paper import ANCHOR, SIZES, Claim, PaperRow
 from nextvit.progress import say
-from nextvit.runtime.coreml_session import not_here
+from nextvit.runtime import coreml_session
+from nextvit.runtime.onnxruntime_session import providers_here
 from nextvit.runtime.open import open_session
-from nextvit.runtime.session import Session
+from nextvit.runtime.session import Session, has_memory
 from nextvit.runtime.torch_session import TorchSession
 
 if TYPE_CHECKING:
@@ -51,6 +52,10 @@ SETUPS = (  # runtime and precision, in the order in which they are measured
     ("openvino", "bf16"),
     ("openvino", "int8"),
     ("coreml", "fp16"),
+    ("cuda", "fp32"),
+    ("cuda", "fp16"),
+    ("tensorrt", "fp32"),
+    ("tensorrt", "fp16"),
 )
 R = TypeVar("R", bound="DataclassInstance")
 ROUNDS = 12  # of 8, the fewest that there can be, an interval of 99 % is all that was measured
@@ -62,17 +67,19 @@ DENSE = {  # of each table: column, task, head, what is counted, and the height 
 }
 
 
-def chosen_setups(runtimes: Sequence[str], precisions: Sequence[str]) -> list[tuple[str, str]]:
-    """Of SETUPS those of these runtimes and precisions that this machine has."""
+def chosen_setups(runtimes: Sequence[str] = (), precisions: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """Of SETUPS those of these runtimes and precisions, or of all of them, that this machine has."""
     for kind, asked, there in (("runtime", runtimes, 0), ("precision", precisions, 1)):
         known = list(dict.fromkeys(setup[there] for setup in SETUPS))
         if unknown := [name for name in asked if name not in known]:
             raise UserError(f"there is no {kind} {unknown[0]!r} to reproduce with; take of {', '.join(known)}.")
-    chosen = [(runtime, precision) for runtime, precision in SETUPS if runtime in runtimes and precision in precisions]
-    if "bf16" not in fast_precisions(pick_device("cpu")):
-        chosen = [setup for setup in chosen if setup[1] != "bf16"]
-    if "coreml" in runtimes and (why := not_here()):
-        raise UserError(f"CoreML {why}; leave it out of the runtimes.")
+    for runtime in runtimes:
+        if why := _not_here(runtime):
+            raise UserError(f"{runtime} {why}; leave it out of the runtimes.")
+    here = runtimes or [name for name in dict(SETUPS) if not _not_here(name)]
+    emulated = {"bf16"} - set(fast_precisions(pick_device("cpu")))
+    wanted = set(precisions or (precision for _, precision in SETUPS)) - emulated
+    chosen = [(runtime, precision) for runtime, precision in SETUPS if runtime in here and precision in wanted]
     if not chosen:
         raise UserError(
             "none of these runtimes has one of these precisions here; CoreML has fp16, all others have fp32."
@@ -80,6 +87,15 @@ def chosen_setups(runtimes: Sequence[str], precisions: Sequence[str]) -> list[tu
     if without := [runtime for runtime in runtimes if runtime not in dict(chosen)]:
         say(f"note: {', '.join(without)}: not in {' or '.join(precisions)} here, so left out.")
     return chosen
+
+
+def _not_here(runtime: str) -> str | None:
+    """Why a runtime that not every machine can have is not on this one."""
+    if runtime == "cuda" and not torch.cuda.is_available():
+        return "needs an NVIDIA GPU that torch sees"
+    if runtime == "tensorrt" and not (installed("onnxruntime") and "tensorrt" in providers_here()):
+        return "needs a build of ONNX Runtime with TensorRT in it, as onnxruntime-gpu is"
+    return coreml_session.not_here() if runtime == "coreml" else None
 
 
 # ---- costs -----------------------------------------------------------------------------------------------------------
@@ -207,8 +223,10 @@ def measure(
 def machine() -> str:
     """Processor and libraries, as far as latencies depend on them."""
     names = ("torch", "onnxruntime", "openvino", *["coremltools"] * (sys.platform == "darwin"), "timm")
-    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    versions = ", ".join(f"{name} {version(name)}" for name in names if installed(name))
     system = f"; macOS {platform.mac_ver()[0]}" * (sys.platform == "darwin")
+    if torch.cuda.is_available():
+        system += f"; {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
     return f"{processor_name()}{system}; {versions}"
 
 
@@ -238,19 +256,21 @@ class Sessions:
         return self.open[runtime, precision]
 
     def _opened(self, runtime: str, precision: str) -> Session:
-        if runtime == "torch":
-            session = TorchSession(self.network, device="cpu", threads=self.threads, precision=precision, kind="eager")
+        if runtime in ("torch", "cuda"):
+            place, kind = ("cpu", "eager") if runtime == "torch" else ("cuda", "graph")
+            session = TorchSession(self.network, device=place, threads=self.threads, precision=precision, kind=kind)
             session.metadata = session.metadata.with_image_size(self.image_size)
             return session
         kind = precision if precision in ("int8", "fp16") else "fp32"  # bf16 is how a file of fp32 is computed
-        path = self.stem.with_name(f"{self.stem.name}-{kind}{format_named(runtime).suffix}")
+        written = format_named("onnx" if runtime == "tensorrt" else runtime)
+        path = self.stem.with_name(f"{self.stem.name}-{kind}{written.suffix}")
         if not path.exists():
             turns = range(3) if kind == "int8" else ()
             images = [image.rotate(90 * turn) for turn in turns for image in real_images()] or None  # enough for ranges
             size = self.image_size
             export(self.network, path, image_size=size, precision=kind, calibration=images, max_drop=None)
         chosen = precision if kind == "fp32" else None
-        device = "auto" if runtime == "coreml" else "cpu"  # all of a Mac's compute units
+        device = {"coreml": "auto", "tensorrt": "tensorrt"}.get(runtime, "cpu")  # auto: all of a Mac's compute units
         return open_session(path, device=device, threads=self.threads, precision=chosen, trust=True)
 
 
@@ -272,7 +292,7 @@ def _measured(
     for runtime, precision, batch in setups:
         try:
             pair = [("anchor", anchors(runtime, precision)), (row.key, own(runtime, precision))]
-            found = benchmark(pair, batches=[batch], rounds=rounds)[1]
+            found = benchmark(pair, batches=[batch], rounds=rounds, resident=has_memory(pair[1][1]))[1]
             yield _latency(row, runtime, precision, batch, threads, found)
         except Exception as error:  # a network that one runtime cannot have: the rest goes on
             say(f"{row.name}, {runtime}, {precision}: {first_line(error)}")
@@ -301,10 +321,11 @@ def _calibrate(network: Network, image_size: int) -> None:
         norm.momentum = None  # the mean of all batches, and not of the first values too
     p = network.metadata.with_image_size(image_size).preprocess
     images = np.stack([preprocess(image, p) for image in real_images()])
-    network.train()
+    place = "cuda" if torch.cuda.is_available() else "cpu"
+    network.train().to(place)
     with torch.no_grad():
-        network(torch.from_numpy(images))
-    network.eval()
+        network(torch.from_numpy(images).to(place))
+    network.eval().cpu()
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
 
@@ -339,8 +360,7 @@ class Held:
     """A claim of the paper on one runtime: how many times as long the slower network takes."""
 
     claim: Claim
-    runtime: str
-    precision: str
+    setup: tuple[str, str, int]  # runtime, precision, batch
     printed: float  # on TensorRT
     measured: float
     low: float  # of an interval of 99 % of each latency, the two at their worst
@@ -358,7 +378,7 @@ class Held:
 
 
 def held(claims: Sequence[Claim], rows: Sequence[PaperRow], found: Sequence[Latency]) -> list[Held]:
-    """The claims on every runtime on which both networks were measured, with a batch of one."""
+    """The claims on every runtime and batch that both networks were measured with."""
     by_key = {row.key: row for row in rows}
     measured = {(one.row, *one.setup): one for one in found if one.ratio is not None}
     verdicts = []
@@ -368,13 +388,13 @@ def held(claims: Sequence[Claim], rows: Sequence[PaperRow], found: Sequence[Late
         fast, slow = (by_key[key].printed["tensorrt_ms"] for key in (claim.faster, claim.slower))
         for key, one in measured.items():
             other = measured.get((claim.slower, *key[1:]))
-            if key[0] != claim.faster or one.batch != 1 or other is None:
+            if key[0] != claim.faster or other is None:
                 continue
             if any(note_of(by_key[row].network) for row in (claim.faster, claim.slower)):
                 continue  # a reconstruction is no evidence
             (low, middle, high), (other_low, other_middle, other_high) = one.interval, other.interval
             times = other_middle / middle, other_low / high, other_high / low
-            verdicts.append(Held(claim, one.runtime, one.precision, slow / fast, *times))
+            verdicts.append(Held(claim, one.setup, slow / fast, *times))
     return verdicts
 
 

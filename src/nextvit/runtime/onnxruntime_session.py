@@ -1,5 +1,6 @@
 """An ONNX file on ONNX Runtime."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,12 @@ PROVIDERS = {  # by --device; all but the CPU come with other builds of ONNX Run
 }
 
 
+def providers_here() -> list[str]:
+    """Of PROVIDERS those that this build of ONNX Runtime has."""
+    there = need("onnxruntime", extra="onnx").get_available_providers()
+    return [name for name, provider in PROVIDERS.items() if provider in there]
+
+
 class OnnxRuntimeSession:
     """Runs in the precision that the file was made in, on the provider of `device`; auto is the CPU."""
 
@@ -28,7 +35,7 @@ class OnnxRuntimeSession:
         ort = need("onnxruntime", extra="onnx")
         onnx = need("onnx", extra="onnx")
         place = "cpu" if device == "auto" else device
-        there = [name for name, provider in PROVIDERS.items() if provider in ort.get_available_providers()]
+        there = providers_here()
         if place not in there:
             raise UserError(f"ONNX files run on {' or '.join(there)} here, not on {device!r}; leave --device out.")
         sealed = check_seal(path)
@@ -65,3 +72,17 @@ class OnnxRuntimeSession:
 
     def __call__(self, batch: np.ndarray) -> Any:
         return as_named(self._session.run(list(self.metadata.outputs), {self._input: batch}), self.metadata)
+
+    def resident(self, batch: np.ndarray) -> Callable[[], None]:
+        place = "cpu" if self.setup.device == "cpu" else "cuda"
+        values = need("onnxruntime", extra="onnx").OrtValue
+        binding = self._session.io_binding()
+        binding.bind_ortvalue_input(self._input, values.ortvalue_from_numpy(batch, place, 0))
+        for name in self.metadata.outputs:
+            binding.bind_output(name, place)
+
+        def call() -> None:
+            self._session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
+
+        return call

@@ -1,9 +1,9 @@
 """A session: an open model on one runtime, with what it was really opened with."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -90,3 +90,19 @@ class Session(Protocol):
     fixed_batch: int | None  # the only batch that a file of fixed size takes; None: any
 
     def __call__(self, batch: np.ndarray) -> Any: ...
+
+
+def has_memory(session: Session) -> bool:
+    """Whether it computes in a memory of its own, so that images and answers are copied there and back."""
+    return isinstance(session, OnDevice) and session.setup.device != "cpu"
+
+
+@runtime_checkable
+class OnDevice(Protocol):
+    """A session whose device may have a memory of its own."""
+
+    def resident(self, batch: np.ndarray) -> Callable[[], None]:
+        """A call whose input is in the device's memory before, and whose output stays there: what TensorRT's trtexec
+        calls GPU compute time. It returns when it is done.
+        """
+        ...

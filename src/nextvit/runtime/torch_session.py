@@ -1,23 +1,28 @@
 """A model on torch, eager or folded."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nextvit.devices import DTYPES, insist_on_compiler, pick_device, pick_precision, set_threads
+from nextvit.errors import NotHere
 from nextvit.folding import fold
 from nextvit.networks import Network, as_arrays, as_asked
 from nextvit.runtime.session import Setup
 
 MANY = 10_000  # compilations in one process
-KINDS = ("eager", "folded", "compiled")
+KINDS = ("eager", "folded", "compiled", "graph")
+WARM_UPS = 3  # calls before a recording
 
 
 class TorchSession:
-    """kind: "eager" as it was trained; "folded" with every BatchNorm merged; "compiled" that, by torch.compile."""
+    """kind: "eager" as it was trained; "folded" with every BatchNorm merged; "compiled" that, by torch.compile; "graph"
+    that, its kernels recorded once and launched together, on CUDA alone.
+    """
 
     fixed_batch: int | None = None
 
@@ -26,6 +31,8 @@ class TorchSession:
     ):
         place = pick_device(device)
         chosen = pick_precision(precision or "fp32", place)
+        if kind == "graph" and (place.type != "cuda" or model.metadata.task == "detect"):
+            raise NotHere("graphs are of CUDA devices, and of networks whose work is the same for all images.")
         self.metadata = model.metadata
         self.setup = Setup(
             f"torch {torch.__version__.partition('+')[0]}, {kind}",
@@ -35,20 +42,68 @@ class TorchSession:
         )
         self._dtype = DTYPES[chosen]
         network = copy.deepcopy(model).eval() if kind == "eager" else fold(model)
-        self._model = as_asked(_in_dtype(network, self._dtype).to(place))
+        self._model: Callable[[Tensor], Any] = as_asked(_in_dtype(network, self._dtype).to(place))
         if kind == "compiled":
             if place.type == "cpu":
                 insist_on_compiler()
             torch._dynamo.config.recompile_limit = MANY  # a shape each; behind the limit it would run eager in silence
             torch._dynamo.config.accumulated_recompile_limit = MANY
-            self._model.compile(dynamic=False)
+            self._model = torch.compile(self._model, dynamic=False)
+        if kind == "graph":
+            torch.backends.cudnn.benchmark = True  # which takes the fastest kernels, before they are recorded
+            self._model = _Recorded(self._model)
         self._place = place
 
     def __call__(self, batch: np.ndarray) -> Any:
         set_threads(self.setup.threads)  # they are the process's, and another session may have other ones
         with torch.inference_mode():
-            images = torch.from_numpy(batch).to(self._place, self._dtype, memory_format=torch.channels_last)
-            return as_arrays(self._model(images))
+            return as_arrays(self._model(self._placed(batch)))
+
+    def resident(self, batch: np.ndarray) -> Callable[[], None]:
+        images = self._placed(batch)
+
+        def call() -> None:
+            with torch.inference_mode():
+                self._model(images)
+            if self._place.type != "cpu":
+                torch.accelerator.synchronize(self._place)
+
+        return call
+
+    def _placed(self, batch: np.ndarray) -> Tensor:
+        return torch.from_numpy(batch).to(self._place, self._dtype, memory_format=torch.channels_last)
+
+
+class _Recorded:
+    """A network on CUDA as a graph of kernels for each shape of input. What it returns is overwritten by the next call.
+
+    A launch from Python takes longer than most kernels of one image, so a network that launches them one by one tells
+    the speed of Python.
+    """
+
+    def __init__(self, network: Callable[[Tensor], Any]):
+        self._network = network
+        self._graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, Any]] = {}
+
+    def __call__(self, images: Tensor) -> Any:
+        if images.shape not in self._graphs:
+            self._graphs[images.shape] = self._record(images.clone())
+        graph, given, found = self._graphs[images.shape]
+        given.copy_(images)
+        graph.replay()
+        return found
+
+    def _record(self, given: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Any]:
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):  # what first calls set up cannot be recorded
+            for _ in range(WARM_UPS):
+                self._network(given)
+        torch.cuda.current_stream().wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = self._network(given)
+        return graph, given, found
 
 
 def _in_dtype(model: Network, dtype: torch.dtype) -> Network:
