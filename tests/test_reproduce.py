@@ -33,7 +33,8 @@ from nextvit.reproduce import (
     rank_correlation,
     read_latencies,
 )
-from nextvit.reproduced import count_rows, latency_rows, order_rows, rerun
+from nextvit.reproduced import _measured_setups, _panels, count_rows, latency_rows, order_rows, rerun
+from nextvit.runtime.onnxruntime_session import PROVIDERS, starts
 from tests.conftest import REPOSITORY, nextvit_here
 
 ROWS = {table: paper_rows(table) for table in TABLES}
@@ -45,6 +46,7 @@ TINY = (  # of no paper: small enough to measure within a test
 
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
+NO_TENSORRT = pytest.mark.skipif(starts("tensorrt"), reason="TensorRT is there")
 NO_MAC = pytest.mark.skipif(sys.platform == "darwin", reason="CoreML is there")
 SETUP = [("torch", "fp32")]  # others need minutes of export; the pages' commands run them
 
@@ -237,12 +239,19 @@ def test_a_file_of_something_else_is_refused(tmp_path):
         (["onnx"], ["int8"], "none of these runtimes has one of these precisions here"),
         pytest.param(["onnx", "coreml"], ["fp32", "fp16"], "coreml needs macOS; leave it out", marks=NO_MAC),
         pytest.param(["cuda"], ["fp16"], "cuda needs an NVIDIA GPU that torch sees; leave it out", marks=NO_GPU),
-        pytest.param(["tensorrt"], (), "tensorrt needs a build of ONNX Runtime with TensorRT in it", marks=NO_GPU),
+        pytest.param(["tensorrt"], (), "tensorrt needs an NVIDIA GPU, TensorRT, and a build", marks=NO_TENSORRT),
     ],
 )
 def test_a_setup_that_there_is_not_is_refused(runtimes, precisions, told):
     with pytest.raises(UserError, match=told):
         chosen_setups(runtimes, precisions)
+
+
+def test_a_provider_that_a_build_lists_must_start(monkeypatch):
+    assert starts("cpu")
+    assert not starts("tensorrt-rtx")  # of builds for Windows
+    monkeypatch.setitem(PROVIDERS, "cuda", PROVIDERS["cpu"])
+    assert starts("cuda")
 
 
 def test_left_out_runtimes_are_all_that_are_here():
@@ -309,6 +318,16 @@ def test_a_claim_is_judged_by_both_intervals(slower, verdict):
     assert (one.printed, one.verdict) == (2.0, verdict)
     assert one.low < one.measured < one.high
     assert held([claim], rows, [latency("A 224", 1.0), latency("B 224", None)]) == []
+    eight = [replace(latency(f"{name} 224", ratio), batch=8) for name, ratio in (("A", 1.0), ("B", slower))]
+    assert [again.setup for again in held([claim], rows, eight)] == [("onnx", "fp32", 8)]
+    assert held([claim], rows, [latency("A 224", 1.0), eight[1]]) == []  # never of two batches
+
+
+def test_every_batch_has_a_panel_of_its_own():
+    rows = [PaperRow("table4", name, "nextvit_small", 224, {"top1": 80.0}) for name in "AB"]
+    found = [replace(latency(f"{row.name} 224", 1.0), batch=batch) for row in rows for batch in (1, 8)]
+    panels = _panels(rows, found, "top1", _measured_setups(found), 0)
+    assert [(panel.runtime, len(panel.points)) for panel in panels] == [("onnx fp32", 2), ("onnx fp32, batch 8", 2)]
 
 
 def test_a_claim_about_another_table_is_not_judged_by_this_one():

@@ -13,7 +13,7 @@ from nextvit.errors import UserError
 from nextvit.footprint import Footprint
 from nextvit.pipeline import Pipeline
 from nextvit.progress import track
-from nextvit.runtime.session import OnDevice, Session, Setup, random_input
+from nextvit.runtime.session import Session, Setup, has_memory, random_input
 
 CONFIDENCE = 0.99  # of every interval that is reported
 WARM_UP = 1.0  # seconds for each row, three calls at least
@@ -62,13 +62,11 @@ def benchmark(
 
     sessions: (name, session); all is compared to the first, with the first batch size. image_size: None: each model's
     own. rounds: in each, every row is measured once, in an order drawn anew, so that what disturbs the machine disturbs
-    all alike; ratios are taken within a round. resident: the input is in the memory of the device before, and the
-    output stays there; sessions must be OnDevice.
+    all alike; ratios are taken within a round. resident: where a device has a memory of its own the input is
+    there before, and the output stays there.
     """
     if rounds < fewest_rounds():
         raise UserError(f"a {CONFIDENCE:.0%} interval needs {fewest_rounds()} rounds or more, not {rounds}.")
-    if resident and not all(isinstance(session, OnDevice) for _, session in sessions):
-        raise ValueError("a session has no memory of a device")
     if not batches or min(batches) < 1:
         raise UserError(f"a batch size must be 1 or more, not {min(batches, default=None)}.")
     rng = np.random.default_rng(seed)
@@ -78,13 +76,16 @@ def benchmark(
         size = image_size or session.metadata.preprocess.image_size
         inputs.append(random_input(session.metadata, batch, size, rng))
         try:
-            once.append(_timed(session, inputs[-1], resident))
+            if resident and has_memory(session):
+                once.append(session.resident(inputs[-1]))
+            else:
+                once.append(partial(session, inputs[-1]))
             calls.append(_calls_a_round(once[-1]))
         except Exception as error:  # each runtime has its own kinds; a file of fixed size is the usual reason
             shape = "x".join(map(str, inputs[-1].shape))
             raise UserError(
-                f"{name} cannot run an input of {shape}; a file of one size or batch takes no other. It says: "
-                f"{' '.join(str(error).split())[:300]}"
+                f"{name} cannot run an input of {shape}; a file of one size or batch takes no other, and a GPU has an "
+                f"end. It says: {' '.join(str(error).split())[:300]}"
             ) from error
     times = np.zeros((rounds, len(rows)))
     for number in track(range(rounds), total=rounds, label="measure"):
@@ -107,10 +108,6 @@ def benchmark(
         )
         for i, (name, session, batch) in enumerate(rows)
     ]
-
-
-def _timed(session: Session, images: np.ndarray, resident: bool) -> Callable[[], Any]:
-    return session.resident(images) if resident and isinstance(session, OnDevice) else partial(session, images)
 
 
 def _calls_a_round(call: Callable[[], Any]) -> int:

@@ -592,7 +592,7 @@ def benchmark(
     runtimes: Annotated[
         str,
         typer.Option(
-            help="For variants and checkpoints, of eager, folded, compiled, and on CUDA graph; or of "
+            help="For variants and checkpoints, of eager, folded, compiled, graph (NVIDIA GPUs alone); or of "
             f"{', '.join(RUN)}, exported first."
         ),
     ] = "folded",

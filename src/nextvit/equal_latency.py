@@ -15,7 +15,7 @@ from nextvit.foreign import FAULTS
 from nextvit.paper import SIZES, PaperRow, ablation_row
 from nextvit.progress import say
 from nextvit.reproduce import ROUNDS, Sessions, insist_on_machine, machine, read_records
-from nextvit.runtime.session import Session, has_memory
+from nextvit.runtime.session import Session
 
 TOLERANCE = 0.03  # of the reference's latency
 A_BLOCK = 0.04  # of the latency, what one is taken for before two depths were measured
@@ -186,6 +186,6 @@ def _ratio(
 ) -> float:
     network, session = opened(third, more)
     pair = [("reference", reference), (network, session)]
-    ratio = benchmark(pair, rounds=rounds, resident=has_memory(session))[1].ratio
+    ratio = benchmark(pair, rounds=rounds, resident=True)[1].ratio
     say(f"{network}: {third} blocks in stage 3, {more:+} in stage 2, {ratio:.3f} of the reference's latency")
     return ratio

@@ -20,6 +20,7 @@ def installed(module: str) -> bool:
     return util.find_spec(module) is not None
 
 
-def version(distribution: str) -> str:
-    """The installed version of a distribution."""
-    return metadata.version(distribution).partition("+")[0]
+def version(module: str) -> str:
+    """The installed version of what has this module: onnxruntime is onnxruntime-gpu's, too."""
+    names = metadata.packages_distributions().get(module, [module])
+    return metadata.version(names[0]).partition("+")[0]

@@ -24,7 +24,6 @@ from nextvit.errors import UserError
 from nextvit.files import cache_folder, write_text
 from nextvit.progress import say
 from nextvit.reproduce import Sessions
-from nextvit.runtime.session import has_memory
 from nextvit.spec import Configuration
 
 FRAMES = ("nextvit_nano", "nextvit_tiny", "nextvit_small")
@@ -161,7 +160,7 @@ def measured(device: Device, networks: Sequence[tuple[Configuration, int]], roun
         for number, (c, size) in enumerate(networks):
             sessions = Sessions(create_model(c.name), size, Path(place, f"net{number}"), device.threads)
             pairs.append((c.name, sessions(device.runtime, device.precision)))
-        return benchmark(pairs, rounds=rounds, resident=has_memory(pairs[0][1]))
+        return benchmark(pairs, rounds=rounds, resident=True)
 
 
 # ---- the search ------------------------------------------------------------------------------------------------------

@@ -37,9 +37,9 @@ from nextvit.networks import Network, of_size
 from nextvit.paper import ANCHOR, SIZES, Claim, PaperRow
 from nextvit.progress import say
 from nextvit.runtime import coreml_session
-from nextvit.runtime.onnxruntime_session import providers_here
+from nextvit.runtime.onnxruntime_session import starts
 from nextvit.runtime.open import open_session
-from nextvit.runtime.session import Session, has_memory
+from nextvit.runtime.session import Session
 from nextvit.runtime.torch_session import TorchSession
 
 if TYPE_CHECKING:
@@ -54,8 +54,7 @@ SETUPS = (  # runtime and precision, in the order in which they are measured
     ("coreml", "fp16"),
     ("cuda", "fp32"),
     ("cuda", "fp16"),
-    ("tensorrt", "fp32"),
-    ("tensorrt", "fp16"),
+    ("tensorrt", "fp16"),  # in fp32 it takes TF32, ten bits of mantissa
 )
 R = TypeVar("R", bound="DataclassInstance")
 ROUNDS = 12  # of 8, the fewest that there can be, an interval of 99 % is all that was measured
@@ -82,7 +81,7 @@ def chosen_setups(runtimes: Sequence[str] = (), precisions: Sequence[str] = ()) 
     chosen = [(runtime, precision) for runtime, precision in SETUPS if runtime in here and precision in wanted]
     if not chosen:
         raise UserError(
-            "none of these runtimes has one of these precisions here; CoreML has fp16, all others have fp32."
+            "none of these runtimes has one of these precisions here; leave --precision out for all that they have."
         )
     if without := [runtime for runtime in runtimes if runtime not in dict(chosen)]:
         say(f"note: {', '.join(without)}: not in {' or '.join(precisions)} here, so left out.")
@@ -90,11 +89,14 @@ def chosen_setups(runtimes: Sequence[str] = (), precisions: Sequence[str] = ()) 
 
 
 def _not_here(runtime: str) -> str | None:
-    """Why a runtime that not every machine can have is not on this one."""
+    """Why a runtime is not on this machine."""
+    module = {"onnx": "onnxruntime", "openvino": "openvino", "tensorrt": "onnxruntime"}.get(runtime)
+    if module and not installed(module):
+        return f"needs {module}"
     if runtime == "cuda" and not torch.cuda.is_available():
         return "needs an NVIDIA GPU that torch sees"
-    if runtime == "tensorrt" and not (installed("onnxruntime") and "tensorrt" in providers_here()):
-        return "needs a build of ONNX Runtime with TensorRT in it, as onnxruntime-gpu is"
+    if runtime == "tensorrt" and not starts("tensorrt"):
+        return "needs an NVIDIA GPU, TensorRT, and a build of ONNX Runtime for it, as onnxruntime-gpu is"
     return coreml_session.not_here() if runtime == "coreml" else None
 
 
@@ -221,12 +223,13 @@ def measure(
 
 @cache
 def machine() -> str:
-    """Processor and libraries, as far as latencies depend on them."""
+    """Processor, GPU and libraries, as far as latencies depend on them."""
     names = ("torch", "onnxruntime", "openvino", *["coremltools"] * (sys.platform == "darwin"), "timm")
     versions = ", ".join(f"{name} {version(name)}" for name in names if installed(name))
     system = f"; macOS {platform.mac_ver()[0]}" * (sys.platform == "darwin")
     if torch.cuda.is_available():
-        system += f"; {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+        libraries = f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+        system += f"; {torch.cuda.get_device_name()}, {libraries}"
     return f"{processor_name()}{system}; {versions}"
 
 
@@ -245,15 +248,19 @@ class Sessions:
 
     def __init__(self, network: Network, image_size: int, stem: Path, threads: int):
         self.network, self.image_size, self.stem, self.threads = network, image_size, stem, threads
-        self.open: dict[tuple[str, str], Session] = {}
+        self.calibrated = False
+        self.open: dict[tuple[str, str, int | None], Session] = {}
         for old in stem.parent.glob(f"{stem.name}-*"):  # files of another network
             shutil.rmtree(old) if old.is_dir() else old.unlink()
-        _calibrate(network, image_size)
 
-    def __call__(self, runtime: str, precision: str) -> Session:
-        if (runtime, precision) not in self.open:
-            self.open[runtime, precision] = self._opened(runtime, precision)
-        return self.open[runtime, precision]
+    def __call__(self, runtime: str, precision: str, batch: int = 1) -> Session:
+        if not self.calibrated:
+            _calibrate(self.network, self.image_size, "cuda" if runtime == "cuda" else "cpu")
+            self.calibrated = True
+        key = runtime, precision, batch if runtime == "tensorrt" else None  # an engine is tuned for the batches it met
+        if key not in self.open:
+            self.open[key] = self._opened(runtime, precision)
+        return self.open[key]
 
     def _opened(self, runtime: str, precision: str) -> Session:
         if runtime in ("torch", "cuda"):
@@ -291,8 +298,8 @@ def _measured(
         return
     for runtime, precision, batch in setups:
         try:
-            pair = [("anchor", anchors(runtime, precision)), (row.key, own(runtime, precision))]
-            found = benchmark(pair, batches=[batch], rounds=rounds, resident=has_memory(pair[1][1]))[1]
+            pair = [("anchor", anchors(runtime, precision, batch)), (row.key, own(runtime, precision, batch))]
+            found = benchmark(pair, batches=[batch], rounds=rounds, resident=True)[1]
             yield _latency(row, runtime, precision, batch, threads, found)
         except Exception as error:  # a network that one runtime cannot have: the rest goes on
             say(f"{row.name}, {runtime}, {precision}: {first_line(error)}")
@@ -312,7 +319,7 @@ def first_line(error: Exception) -> str:
     return kind + lines[0][:300]
 
 
-def _calibrate(network: Network, image_size: int) -> None:
+def _calibrate(network: Network, image_size: int, place: str) -> None:
     """Give every BatchNorm the statistics of real images: with those of fresh weights values vanish or overflow."""
     norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]
@@ -321,7 +328,6 @@ def _calibrate(network: Network, image_size: int) -> None:
         norm.momentum = None  # the mean of all batches, and not of the first values too
     p = network.metadata.with_image_size(image_size).preprocess
     images = np.stack([preprocess(image, p) for image in real_images()])
-    place = "cuda" if torch.cuda.is_available() else "cpu"
     network.train().to(place)
     with torch.no_grad():
         network(torch.from_numpy(images).to(place))

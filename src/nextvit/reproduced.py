@@ -281,7 +281,7 @@ def write_reproduction(one: Rerun, folder: Path) -> None:
 
 
 def trade_off(table: str, rows: Sequence[PaperRow], found: Sequence[Latency], path: Path) -> None:
-    """A table's part of Figure 1 on this machine: a panel a runtime and a kind of accuracy."""
+    """A table's part of Figure 1 on this machine: a panel a setup and a kind of accuracy."""
     panels = [
         panel
         for row, accuracy in enumerate(ACCURACY[table])
@@ -294,7 +294,7 @@ def trade_off(table: str, rows: Sequence[PaperRow], found: Sequence[Latency], pa
 
 
 def figure1(tables: Sequence[Rerun], path: Path) -> None:
-    """Figure 1 on this machine: a row a task, by its first accuracy, a column a runtime, the printed ones first."""
+    """Figure 1 on this machine: a row a task, by its first accuracy, a column a setup, the printed ones first."""
     setups = list(dict.fromkeys(setup for one in tables for setup in _measured_setups(one.found)))
     panels = []
     for number, one in enumerate(tables):

@@ -28,6 +28,20 @@ def providers_here() -> list[str]:
     return [name for name, provider in PROVIDERS.items() if provider in there]
 
 
+def starts(place: str) -> bool:
+    """Whether a provider really starts here: a build lists those whose libraries or device may be missing."""
+    if place not in providers_here():
+        return False
+    ort, onnx = need("onnxruntime", extra="onnx"), need("onnx", extra="onnx")
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in ("x", "y")]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "one", ends[:1], ends[1:])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=10)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=[PROVIDERS[place]])
+    return PROVIDERS[place] in session.get_providers()
+
+
 class OnnxRuntimeSession:
     """Runs in the precision that the file was made in, on the provider of `device`; auto is the CPU."""
 
@@ -73,7 +87,7 @@ class OnnxRuntimeSession:
     def __call__(self, batch: np.ndarray) -> Any:
         return as_named(self._session.run(list(self.metadata.outputs), {self._input: batch}), self.metadata)
 
-    def resident(self, batch: np.ndarray) -> Callable[[], None]:
+    def resident(self, batch: np.ndarray) -> Callable[[], Any]:
         place = "cpu" if self.setup.device == "cpu" else "cuda"
         values = need("onnxruntime", extra="onnx").OrtValue
         binding = self._session.io_binding()
@@ -81,8 +95,9 @@ class OnnxRuntimeSession:
         for name in self.metadata.outputs:
             binding.bind_output(name, place)
 
-        def call() -> None:
+        def call() -> Any:
             self._session.run_with_iobinding(binding)
             binding.synchronize_outputs()
+            return binding.get_outputs()
 
         return call

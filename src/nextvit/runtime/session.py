@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -92,17 +92,17 @@ class Session(Protocol):
     def __call__(self, batch: np.ndarray) -> Any: ...
 
 
-def has_memory(session: Session) -> bool:
-    """Whether it computes in a memory of its own, so that images and answers are copied there and back."""
-    return isinstance(session, OnDevice) and session.setup.device != "cpu"
-
-
 @runtime_checkable
 class OnDevice(Protocol):
-    """A session whose device may have a memory of its own."""
+    """A session that can leave images and answers in the memory of its device."""
 
-    def resident(self, batch: np.ndarray) -> Callable[[], None]:
-        """A call whose input is in the device's memory before, and whose output stays there: what TensorRT's trtexec
-        calls GPU compute time. It returns when it is done.
+    def resident(self, batch: np.ndarray) -> Callable[[], Any]:
+        """A call whose input is in the device's memory before, and whose output stays there; it returns when that is
+        done. By the clock of the host it is what TensorRT's trtexec measures with --noDataTransfers.
         """
         ...
+
+
+def has_memory(session: Session) -> TypeGuard[OnDevice]:
+    """Whether images and answers are copied to and from a memory of its own."""
+    return isinstance(session, OnDevice) and session.setup.device != "cpu"

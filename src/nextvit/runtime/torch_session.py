@@ -1,4 +1,4 @@
-"""A model on torch, eager or folded."""
+"""A model on torch: as it was trained, folded, compiled, or with its kernels recorded."""
 
 import copy
 from collections.abc import Callable
@@ -21,7 +21,7 @@ WARM_UPS = 3  # calls before a recording
 
 class TorchSession:
     """kind: "eager" as it was trained; "folded" with every BatchNorm merged; "compiled" that, by torch.compile; "graph"
-    that, its kernels recorded once and launched together, on CUDA alone.
+    as it was trained, its kernels recorded once and launched together, on CUDA alone.
     """
 
     fixed_batch: int | None = None
@@ -31,8 +31,10 @@ class TorchSession:
     ):
         place = pick_device(device)
         chosen = pick_precision(precision or "fp32", place)
-        if kind == "graph" and (place.type != "cuda" or model.metadata.task == "detect"):
-            raise NotHere("graphs are of CUDA devices, and of networks whose work is the same for all images.")
+        if kind == "graph" and place.type != "cuda":
+            raise NotHere(f"graph records kernels of NVIDIA GPUs, and this is {place}; take folded or compiled.")
+        if kind == "graph" and model.metadata.task == "detect":
+            raise NotHere("a detector's work depends on what it finds, so it cannot be recorded; take folded.")
         self.metadata = model.metadata
         self.setup = Setup(
             f"torch {torch.__version__.partition('+')[0]}, {kind}",
@@ -41,7 +43,7 @@ class TorchSession:
             set_threads(threads),
         )
         self._dtype = DTYPES[chosen]
-        network = copy.deepcopy(model).eval() if kind == "eager" else fold(model)
+        network = copy.deepcopy(model).eval() if kind in ("eager", "graph") else fold(model)
         self._model: Callable[[Tensor], Any] = as_asked(_in_dtype(network, self._dtype).to(place))
         if kind == "compiled":
             if place.type == "cpu":
@@ -50,7 +52,6 @@ class TorchSession:
             torch._dynamo.config.accumulated_recompile_limit = MANY
             self._model = torch.compile(self._model, dynamic=False)
         if kind == "graph":
-            torch.backends.cudnn.benchmark = True  # which takes the fastest kernels, before they are recorded
             self._model = _Recorded(self._model)
         self._place = place
 
@@ -59,14 +60,15 @@ class TorchSession:
         with torch.inference_mode():
             return as_arrays(self._model(self._placed(batch)))
 
-    def resident(self, batch: np.ndarray) -> Callable[[], None]:
+    def resident(self, batch: np.ndarray) -> Callable[[], Any]:
         images = self._placed(batch)
 
-        def call() -> None:
+        def call() -> Any:
             with torch.inference_mode():
-                self._model(images)
+                found = self._model(images)
             if self._place.type != "cpu":
                 torch.accelerator.synchronize(self._place)
+            return found
 
         return call
 
@@ -78,7 +80,7 @@ class _Recorded:
     """A network on CUDA as a graph of kernels for each shape of input. What it returns is overwritten by the next call.
 
     A launch from Python takes longer than most kernels of one image, so a network that launches them one by one tells
-    the speed of Python.
+    the speed of Python. cuDNN searches for its fastest kernels before they are recorded.
     """
 
     def __init__(self, network: Callable[[Tensor], Any]):
@@ -86,23 +88,28 @@ class _Recorded:
         self._graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, Any]] = {}
 
     def __call__(self, images: Tensor) -> Any:
-        if images.shape not in self._graphs:
-            self._graphs[images.shape] = self._record(images.clone())
-        graph, given, found = self._graphs[images.shape]
-        given.copy_(images)
-        graph.replay()
+        with torch.cuda.device(images.device):
+            if images.shape not in self._graphs:
+                self._graphs[images.shape] = self._record(images.clone())
+            graph, given, found = self._graphs[images.shape]
+            given.copy_(images)
+            graph.replay()
         return found
 
     def _record(self, given: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Any]:
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):  # what first calls set up cannot be recorded
-            for _ in range(WARM_UPS):
-                self._network(given)
-        torch.cuda.current_stream().wait_stream(beside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            found = self._network(given)
+        beside, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        searched = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = True
+        try:
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):  # what first calls set up cannot be recorded
+                for _ in range(WARM_UPS):
+                    self._network(given)
+            torch.cuda.current_stream().wait_stream(beside)
+            with torch.cuda.graph(graph, stream=beside):
+                found = self._network(given)
+        finally:
+            torch.backends.cudnn.benchmark = searched
         return graph, given, found
 
 
