@@ -16,7 +16,7 @@ from PIL import Image
 from nextvit import reproduce
 from nextvit.create import create_model
 from nextvit.data.images import preprocess
-from nextvit.errors import UserError
+from nextvit.errors import ParityError, UserError
 from nextvit.exporters.parity import real_images
 from nextvit.files import write_rows
 from nextvit.foreign import preprocess_of
@@ -252,6 +252,31 @@ def test_a_provider_that_a_build_lists_must_start(monkeypatch):
     assert not starts("tensorrt-rtx")  # of builds for Windows
     monkeypatch.setitem(PROVIDERS, "cuda", PROVIDERS["cpu"])
     assert starts("cuda")
+
+
+@pytest.mark.parametrize("refusals", [2, 3])
+def test_weights_that_make_much_of_a_rounding_are_drawn_anew(refusals, tmp_path, monkeypatch):
+    drawn, written = [], []
+
+    def draw():
+        drawn.append(create_model("nextvit_nano"))
+        return drawn[-1]
+
+    def export(network, path, **_):
+        written.append(network)
+        if len(written) <= refusals:
+            raise ParityError("its outputs differ")
+
+    monkeypatch.setattr(reproduce, "export", export)
+    monkeypatch.setattr(reproduce, "open_session", lambda path, **_: path.name)
+    sessions = reproduce.Sessions(draw, 32, tmp_path / "net", 1)
+    if refusals < reproduce.DRAWS:
+        assert sessions("onnx", "fp32") == "net-fp32.onnx"
+    else:
+        with pytest.raises(ParityError):
+            sessions("onnx", "fp32")
+    assert len(drawn) == 3
+    assert all(one is other for one, other in zip(drawn, written, strict=True))
 
 
 def test_left_out_runtimes_are_all_that_are_here():

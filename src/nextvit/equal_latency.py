@@ -144,7 +144,7 @@ def of_equal_latency(
             if name is None or base in there:
                 continue
             if name not in references:
-                references[name] = Sessions(create_model(name), size, Path(place, name), threads)
+                references[name] = Sessions(partial(create_model, name), size, Path(place, name), threads)
             reference = references[name](runtime, precision)
             opened = partial(_opened, ablation, Path(place, "row"), runtime, precision, threads)
             try:
@@ -178,7 +178,8 @@ def _opened(
     ablation: Ablation, stem: Path, runtime: str, precision: str, threads: int, third: int, more: int
 ) -> tuple[str, Session]:
     network = ablation.at(third, more).name
-    return network, Sessions(create_model(network), SIZES[ablation.table], stem, threads)(runtime, precision)
+    draw = partial(create_model, network)
+    return network, Sessions(draw, SIZES[ablation.table], stem, threads)(runtime, precision)
 
 
 def _ratio(

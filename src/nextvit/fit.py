@@ -10,7 +10,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from math import log2
 from pathlib import Path
@@ -158,7 +158,7 @@ def measured(device: Device, networks: Sequence[tuple[Configuration, int]], roun
     with tempfile.TemporaryDirectory() as place:
         pairs = []
         for number, (c, size) in enumerate(networks):
-            sessions = Sessions(create_model(c.name), size, Path(place, f"net{number}"), device.threads)
+            sessions = Sessions(partial(create_model, c.name), size, Path(place, f"net{number}"), device.threads)
             pairs.append((c.name, sessions(device.runtime, device.precision)))
         return benchmark(pairs, rounds=rounds, resident=True)
 

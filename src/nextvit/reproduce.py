@@ -11,9 +11,9 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -26,7 +26,7 @@ from nextvit.cost import cost
 from nextvit.create import create_model
 from nextvit.data.images import preprocess
 from nextvit.devices import cpu_count, fast_precisions, pick_device, processor_name
-from nextvit.errors import NotHere, UserError
+from nextvit.errors import NotHere, ParityError, UserError
 from nextvit.exporters.export import export
 from nextvit.exporters.parity import real_images
 from nextvit.extras import installed, need, version
@@ -59,6 +59,7 @@ SETUPS = (  # runtime and precision, in the order in which they are measured
 R = TypeVar("R", bound="DataclassInstance")
 ROUNDS = 12  # of 8, the fewest that there can be, an interval of 99 % is all that was measured
 SIMILAR = 1.1  # times, that latencies called similar may be apart
+DRAWS = 3  # of random weights, where a file does not answer as the network does
 NEAR = 0.02  # of a printed cost: what differs by more is flagged
 DENSE = {  # of each table: column, task, head, what is counted, and the height and width that operations are counted at
     "table5": (("fpn", "segment", "fpn", 512, 2048), ("upernet", "segment", "upernet", 512, 2048)),
@@ -205,7 +206,7 @@ def measure(
     insist_on_machine(file, [(one.machine, one.threads) for one in done], threads)
     anchor_size = SIZES[rows[0].table]
     with tempfile.TemporaryDirectory() as place:
-        anchors = Sessions(of_size(create_model(ANCHOR), anchor_size), anchor_size, Path(place, "anchor"), threads)
+        anchors = Sessions(partial(create_model, ANCHOR), anchor_size, Path(place, "anchor"), threads)
         for number, row in enumerate(rows, 1):
             wanted = [(r, p, b) for r, p in setups for b in batches]
             there = {found.setup for found in done if found.row == row.key and found.ratio is not None}
@@ -244,10 +245,14 @@ def insist_on_machine(file: Path, there: Sequence[tuple[str, int]], threads: int
 
 
 class Sessions:
-    """A network on the runtimes, each exported and opened when it is first asked for; files begin with `stem`."""
+    """A network on the runtimes, each exported and opened when it is first asked for; files begin with `stem`.
 
-    def __init__(self, network: Network, image_size: int, stem: Path, threads: int):
-        self.network, self.image_size, self.stem, self.threads = network, image_size, stem, threads
+    draw: makes the network, with random weights.
+    """
+
+    def __init__(self, draw: Callable[[], Network], image_size: int, stem: Path, threads: int):
+        self.draw, self.image_size, self.stem, self.threads = draw, image_size, stem, threads
+        self.network = draw()
         self.calibrated = False
         self.open: dict[tuple[str, str, int | None], Session] = {}
         for old in stem.parent.glob(f"{stem.name}-*"):  # files of another network
@@ -274,8 +279,16 @@ class Sessions:
         if not path.exists():
             turns = range(3) if kind == "int8" else ()
             images = [image.rotate(90 * turn) for turn in turns for image in real_images()] or None  # enough for ranges
-            size = self.image_size
-            export(self.network, path, image_size=size, precision=kind, calibration=images, max_drop=None)
+            write = partial(export, image_size=self.image_size, precision=kind, calibration=images, max_drop=None)
+            for left in reversed(range(DRAWS)):
+                try:
+                    write(self.network, path)
+                    break
+                except ParityError:  # some random weights, of deep networks above all, make much of a rounding
+                    if not left:
+                        raise
+                    self.network = self.draw()
+                    _calibrate(self.network, self.image_size, "cpu")
         chosen = precision if kind == "fp32" else None
         device = {"coreml": "auto", "tensorrt": "tensorrt"}.get(runtime, "cpu")  # auto: all of a Mac's compute units
         return open_session(path, device=device, threads=self.threads, precision=chosen, trust=True)
@@ -290,8 +303,8 @@ def _measured(
     rounds: int,
 ) -> Iterator[Latency]:
     try:
-        network = of_size(create_model(row.network, task="classify"), row.image_size)
-        own = Sessions(network, row.image_size, stem, threads)
+        draw = partial(create_model, row.network, task="classify")
+        own = Sessions(lambda: of_size(draw(), row.image_size), row.image_size, stem, threads)
     except FAULTS as error:
         for setup in setups:
             yield Latency(row.key, *setup, machine(), threads, why=first_line(error))
