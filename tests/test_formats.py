@@ -223,6 +223,7 @@ def test_a_coreml_package_takes_an_image_and_gives_a_label(tmp_path):
     assert all(name in labels for name in ("crane (0)", "dog", "crane (2)")), "a dictionary needs different names"
 
 
+@pytest.mark.slow
 def test_spatial_pooling_goes_to_coreml_too(tmp_path):
     model = fill(nextvit.create_model("nextvit_nano", num_classes=3, kv_pooling="spatial"))
     assert nextvit.export(model, tmp_path / "m.mlpackage", image_size=64, dynamic=False).not_run == not_here()

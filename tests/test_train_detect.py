@@ -233,6 +233,7 @@ def test_a_backbone_of_timms_and_a_set_of_one_class_train(tmp_path):
     assert result.split.labels == ("dog",)
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_and_draws(few, tmp_path):
     flags = [f for value in [*SMALL, "schedule.epochs=1"] for f in ("--set", value)]
     done = nextvit_here("train", "demo", "--task", "detect", "--output", tmp_path / "run", "--threads", 1, *flags)

@@ -18,7 +18,7 @@ from nextvit.detector import Detector
 from nextvit.errors import AccuracyError, DiskFull, NotConverted, OutOfMemory, ParityError, UserError
 from nextvit.exporters.calibration import Calibration, read_calibration
 from nextvit.exporters.example import write_example
-from nextvit.exporters.form import StageOutputs, export_form
+from nextvit.exporters.form import WINDOWED, StageOutputs, export_form
 from nextvit.exporters.job import Job, Written
 from nextvit.exporters.object_parity import ObjectParity, compare_objects
 from nextvit.exporters.parity import Parity, StageComparison, compare, compare_stages
@@ -116,7 +116,7 @@ def export(
     metadata = model.metadata.with_image_size(image_size)
     metadata = replace(metadata, version=__version__, precision=precision, gives_classes=class_map)
     start = time.perf_counter()
-    one_size = isinstance(model, ForeignClassifier) and model.fixed_size
+    one_size = _takes_one_size(model)
     free = fmt.left_open(metadata.preprocess.image_size, dynamic, preprocess)
     free = Free(batch=free.batch, sides=free.sides and (preprocess or not one_size))
     notes: tuple[str, ...] = ()
@@ -286,8 +286,14 @@ def _insist(parity: Parity | ObjectParity, path: Path, stages: Sequence[StageCom
         )
 
 
+def _takes_one_size(model: Network) -> bool:
+    """Whether its file can have no free sides: of windows torch finds that out itself, after minutes."""
+    windowed = any(type(module).__name__ == WINDOWED for module in model.modules())
+    return windowed or (isinstance(model, ForeignClassifier) and model.fixed_size)
+
+
 def _why_fixed(model: Network, fmt: Format, image_size: int) -> str:
-    if isinstance(model, ForeignClassifier) and image_size >= fmt.open_from:
+    if (isinstance(model, ForeignClassifier) or _takes_one_size(model)) and image_size >= fmt.open_from:
         return f"{model.metadata.variant} does not leave them open"
     least = max(fmt.open_from, LEAST_OF_DETECTOR) if model.metadata.task == "detect" else fmt.open_from
     return f"{fmt.name} leaves them open from {least} pixels up only"
