@@ -254,7 +254,7 @@ class Sessions:
         self.draw, self.image_size, self.stem, self.threads = draw, image_size, stem, threads
         self.network = draw()
         self.calibrated = False
-        self.open: dict[tuple[str, str, int | None], Session] = {}
+        self.open: dict[tuple[str, str, int], Session] = {}
         for old in stem.parent.glob(f"{stem.name}-*"):  # files of another network
             shutil.rmtree(old) if old.is_dir() else old.unlink()
 
@@ -262,12 +262,13 @@ class Sessions:
         if not self.calibrated:
             _calibrate(self.network, self.image_size, "cuda" if runtime == "cuda" else "cpu")
             self.calibrated = True
-        key = runtime, precision, batch if runtime == "tensorrt" else None  # an engine is tuned for the batches it met
+        key = runtime, precision, batch
         if key not in self.open:
-            self.open[key] = self._opened(runtime, precision)
+            self.open[key] = self._opened(runtime, precision, dynamic=batch > 1)
         return self.open[key]
 
-    def _opened(self, runtime: str, precision: str) -> Session:
+    def _opened(self, runtime: str, precision: str, *, dynamic: bool) -> Session:
+        """Fixed sizes, as latency is deployed for, need a file of one image, and a third of the time to write it."""
         if runtime in ("torch", "cuda"):
             place, kind = ("cpu", "eager") if runtime == "torch" else ("cuda", "graph")
             session = TorchSession(self.network, device=place, threads=self.threads, precision=precision, kind=kind)
@@ -275,11 +276,12 @@ class Sessions:
             return session
         kind = precision if precision in ("int8", "fp16") else "fp32"  # bf16 is how a file of fp32 is computed
         written = format_named("onnx" if runtime == "tensorrt" else runtime)
-        path = self.stem.with_name(f"{self.stem.name}-{kind}{written.suffix}")
+        path = self.stem.with_name(f"{self.stem.name}-{kind}{'-dynamic' * dynamic}{written.suffix}")
         if not path.exists():
             turns = range(3) if kind == "int8" else ()
             images = [image.rotate(90 * turn) for turn in turns for image in real_images()] or None  # enough for ranges
-            write = partial(export, image_size=self.image_size, precision=kind, calibration=images, max_drop=None)
+            how = partial(export, image_size=self.image_size, precision=kind, dynamic=dynamic)
+            write = partial(how, calibration=images, max_drop=None)
             for left in reversed(range(DRAWS)):
                 try:
                     write(self.network, path)
