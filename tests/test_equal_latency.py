@@ -23,7 +23,7 @@ def device(fixed: float, block: float, second: float, noise: float = 0.0):
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.005])
-@pytest.mark.parametrize("start", [1, 6, 40])
+@pytest.mark.parametrize("start", [(1, 0), (6, 0), (40, 0), (6, 2), (20, -2)])
 @pytest.mark.parametrize(
     ("fixed", "block", "second"), [(0.5, 0.04, 0.05), (0.3, 0.011, 0.03), (0.6, 0.09, 0.05), (0.45, 0.13, 0.04)]
 )
@@ -38,7 +38,7 @@ def test_it_comes_within_the_tolerance(fixed, block, second, start, noise):
 
 
 def test_what_cannot_be_reached_ends_and_says_so():
-    found = equal_latency(device(1.4, 0.05, 0.05), SEARCHED[0].can_have, 10)
+    found = equal_latency(device(1.4, 0.05, 0.05), SEARCHED[0].can_have, (10, 0))
     assert not found.ok
     assert found.third == 1
     assert found.tried <= 14
@@ -46,7 +46,7 @@ def test_what_cannot_be_reached_ends_and_says_so():
 
 def test_each_depth_is_measured_once():
     asked = []
-    equal_latency(lambda n, m: asked.append((n, m)) or 0.45 + 0.13 * n + 0.04 * m, SEARCHED[0].can_have, 12)
+    equal_latency(lambda n, m: asked.append((n, m)) or 0.45 + 0.13 * n + 0.04 * m, SEARCHED[0].can_have, (12, 1))
     assert len(asked) == len(set(asked))
 
 

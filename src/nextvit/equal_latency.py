@@ -42,11 +42,13 @@ class Equal:
         return near(self.ratio)
 
 
-def equal_latency(ratio_of: Callable[[int, int], float], can_have: Callable[[int, int], bool], third: int) -> Equal:
+def equal_latency(
+    ratio_of: Callable[[int, int], float], can_have: Callable[[int, int], bool], start: tuple[int, int]
+) -> Equal:
     """Search the depths whose latency is nearest to the reference's; `ok` of what is returned says whether it is near.
 
     ratio_of: measures (blocks in stage 3, more in stage 2) -> latency / the reference's. It grows with both. can_have:
-    whether there is such a network. third: where to start. Stage 3 is changed first, by the slope between the two
+    whether there is such a network. start: what is asked first. Stage 3 is changed first, by the slope between the two
     nearest depths known; where whole blocks are too coarse, stage 2 too.
     """
     known: dict[tuple[int, int], float] = {}
@@ -62,7 +64,9 @@ def equal_latency(ratio_of: Callable[[int, int], float], can_have: Callable[[int
     def done() -> bool:
         return near(known[nearest()]) or len(known) >= MOST_TRIES
 
-    ask((third, 0))
+    ask(start)
+    if not done():
+        ask((start[0], 0))
     while not done():
         at, slope = nearest()[0], _slope({n: ratio for (n, more), ratio in known.items() if not more})
         wanted = max(1, at + round((1 - known[at, 0]) / slope))
@@ -148,7 +152,7 @@ def of_equal_latency(
             reference = references[name](runtime, precision)
             opened = partial(_opened, ablation, Path(place, "row"), runtime, precision, threads)
             try:
-                found = equal_latency(partial(_ratio, opened, reference, rounds), ablation.can_have, ablation.depths[0])
+                found = equal_latency(partial(_ratio, opened, reference, rounds), ablation.can_have, ablation.depths)
             except FAULTS as error:  # a runtime that cannot have it: the rest goes on
                 say(f"{base} keeps its usual depth: {str(error).strip().splitlines()[0]}")
                 continue
