@@ -28,7 +28,9 @@ class Compared(Stacked):
 def bottleneck(b: Block) -> Compared:
     """ResNet's (arXiv 1512.03385): 1x1 to a quarter of the channels, 3x3, 1x1 back."""
     resnet: Any = need("timm.models.resnet", extra="peers")
-    return Compared(b, resnet.Bottleneck(b.c_out, b.c_out // 4, drop_path=_drop_path(b)))
+    block = resnet.Bottleneck(b.c_out, b.c_out // 4, drop_path=_drop_path(b))
+    block.zero_init_last()  # as all of timm's ResNets start; many of them are else ill-conditioned
+    return Compared(b, block)
 
 
 def convnext(b: Block) -> Compared:
