@@ -72,6 +72,12 @@ def known_device(monkeypatch):
     return asked
 
 
+def test_what_no_depth_makes_slow_enough_is_given_up_at_the_deepest():
+    found = equal_latency(device(0.4, 0.004, 0.01), SEARCHED[0].can_have, (8, 0))
+    assert (found.third, found.more, found.ok) == (80, 0, False)
+    assert found.tried <= 4
+
+
 def test_depths_are_kept_and_not_searched_again(known_device, tmp_path, capsys):
     rows, file = paper_rows("table1"), tmp_path / "table1-depths.csv"
     found, depths = of_equal_latency(rows, file, ("torch", "fp32"), threads=1)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from nextvit.ablations import ABLATIONS, Ablation
+from nextvit.ablations import ABLATIONS, MOST_BLOCKS, Ablation
 from nextvit.benchmark import benchmark
 from nextvit.create import create_model
 from nextvit.devices import cpu_count
@@ -20,6 +20,7 @@ from nextvit.runtime.session import Session
 TOLERANCE = 0.03  # of the reference's latency
 A_BLOCK = 0.04  # of the latency, what one is taken for before two depths were measured
 MOST_MORE = 2  # blocks, by which stage 2 is made deeper or shallower
+MENDED = 0.15  # of the latency: what a few blocks of stage 2 can make up for
 MOST_TRIES = 14  # networks that are measured
 
 
@@ -69,7 +70,7 @@ def equal_latency(
         ask((start[0], 0))
     while not done():
         at, slope = nearest()[0], _slope({n: ratio for (n, more), ratio in known.items() if not more})
-        wanted = max(1, at + round((1 - known[at, 0]) / slope))
+        wanted = min(max(1, at + round((1 - known[at, 0]) / slope)), MOST_BLOCKS)
         if wanted == at:  # the nearest whole number is still too far: is its neighbour nearer?
             wanted = at + (1 if known[at, 0] < 1 else -1)
         if (wanted, 0) in known or not can_have(wanted, 0):
@@ -77,7 +78,7 @@ def equal_latency(
         ask((wanted, 0))
     base = nearest()[0]
     slope = _slope({n: ratio for (n, more), ratio in known.items() if not more})
-    if not done() and can_have(base, 1):
+    if not done() and abs(known[base, 0] - 1) < MENDED and can_have(base, 1):
         step = max(ask((base, 1)) - known[base, 0], 1e-3)
         while not done():
             guesses = {
