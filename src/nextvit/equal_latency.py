@@ -20,7 +20,6 @@ from nextvit.runtime.session import Session
 TOLERANCE = 0.03  # of the reference's latency
 A_BLOCK = 0.04  # of the latency, what one is taken for before two depths were measured
 MOST_MORE = 2  # blocks, by which stage 2 is made deeper or shallower
-MENDED = 0.15  # of the latency: what a few blocks of stage 2 can make up for
 MOST_TRIES = 14  # networks that are measured
 
 
@@ -78,7 +77,7 @@ def equal_latency(
         ask((wanted, 0))
     base = nearest()[0]
     slope = _slope({n: ratio for (n, more), ratio in known.items() if not more})
-    if not done() and abs(known[base, 0] - 1) < MENDED and can_have(base, 1):
+    if not done() and can_have(base, 1):
         step = max(ask((base, 1)) - known[base, 0], 1e-3)
         while not done():
             guesses = {
@@ -87,9 +86,10 @@ def equal_latency(
                 for n in range(max(1, base - 3), base + 4)
                 if can_have(n, more) and (n, more) not in known
             }
-            if not guesses:
+            guess = min(guesses, key=lambda depths: abs(guesses[depths] - 1), default=None)
+            if guess is None or abs(guesses[guess] - 1) > 2 * TOLERANCE:
                 break
-            ask(min(guesses, key=lambda depths: abs(guesses[depths] - 1)))
+            ask(guess)
     best = nearest()
     return Equal(*best, known[best], len(known))
 
