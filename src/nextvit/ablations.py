@@ -155,7 +155,7 @@ ABLATIONS = (
     _row2("n10", "N = 10, L = 1", 1, 10, 0, "nextvit_small"),
     _row2("n4_base", "N = 4, L = 4: base", 4, 16, 0, "nextvit_base", **_BASE),
     _row2("n4_large", "N = 4, L = 6: large", 6, 24, 0, "nextvit_large", **_LARGE),
-    _row7("bottleneck", "BottleNeck Block", 80, 0, 7.8, 81.9, 44.5, 46.1),
+    _row7("bottleneck", "BottleNeck Block", 80, 2, 7.8, 81.9, 44.5, 46.1),
     _row7("convnext", "ConvNeXt Block", 3, 1, 7.8, 79.6, 41.4, 44.1),
     _row7("lsa", "LSA Block", 2, -2, 8.4, 78.2, 38.7, 40.3),
     _row7("poolformer", "PoolFormer Block", 4, -1, 7.6, 80.9, 42.3, 44.3),
