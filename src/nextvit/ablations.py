@@ -158,7 +158,7 @@ ABLATIONS = (
     _row7("bottleneck", "BottleNeck Block", 80, 2, 7.8, 81.9, 44.5, 46.1),
     _row7("convnext", "ConvNeXt Block", 3, 1, 7.8, 79.6, 41.4, 44.1),
     _row7("lsa", "LSA Block", 2, -2, 8.4, 78.2, 38.7, 40.3),
-    _row7("poolformer", "PoolFormer Block", 4, -1, 7.6, 80.9, 42.3, 44.3),
+    _row7("poolformer", "PoolFormer Block", 4, 0, 7.6, 80.9, 42.3, 44.3),
     _row7("local_mhra", "Local MHRA Block", 2, 0, 7.8, 80.5, 42.4, 43.8),
     _row7("ncb", "NCB (ours)", 8, 0, 7.7, 82.4, 45.8, 47.0),
     _row8(0.0, 6.6, 80.9, 43.1, 42.7),
