@@ -94,6 +94,17 @@ def test_a_network_of_one_size_takes_images_of_any_with_preprocessing_inside(tmp
     assert session(images).shape == (1, 5)
 
 
+def test_tables_of_positions_are_drawn_anew_before_anything_is_learnt_and_else_refused():
+    model = fill(create_model("timm:deit_tiny_patch16_224", num_classes=5)).eval()
+    with pytest.raises(UserError, match="tables of positions for 224 pixels; it is used at that size, and not at 64"):
+        of_size(model, 64)
+    other = of_size(model, 64, fresh=True)
+    assert other.metadata.preprocess.image_size == 64
+    assert other(torch.rand(1, 3, 64, 64)).shape == (1, 5)
+    ours, theirs = model.state_dict(), other.state_dict()
+    assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == ["body.pos_embed"]
+
+
 def test_tables_that_are_interpolated_at_every_call_are_made_once_for_a_size(tmp_path):
     model = create_model("peer:cmt_tiny", num_classes=5).eval()
     other = of_size(model, 96)

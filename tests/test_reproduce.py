@@ -16,6 +16,7 @@ from PIL import Image
 from nextvit import reproduce
 from nextvit.create import create_model
 from nextvit.data.images import preprocess
+from nextvit.devices import fast_precisions, processor_name
 from nextvit.errors import ParityError, UserError
 from nextvit.exporters.parity import real_images
 from nextvit.files import write_rows
@@ -252,6 +253,13 @@ def test_a_provider_that_a_build_lists_must_start(monkeypatch):
     assert not starts("tensorrt-rtx")  # of builds for Windows
     monkeypatch.setitem(PROVIDERS, "cuda", PROVIDERS["cpu"])
     assert starts("cuda")
+
+
+def test_processors_of_one_name_are_told_apart_by_what_they_compute_in():
+    name = processor_name()
+    assert torch.backends.cpu.get_cpu_capability() in name
+    assert ("BF16" in name or "AMX" in name) == ("bf16" in fast_precisions(torch.device("cpu")))
+    assert reproduce.machine().startswith(name)
 
 
 @pytest.mark.parametrize("refusals", [2, 3])

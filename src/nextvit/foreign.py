@@ -51,8 +51,10 @@ class ForeignClassifier(nn.Module):
         logits: Tensor = self.body(x)
         return logits
 
-    def of_size(self, image_size: int) -> "ForeignClassifier":
-        """The same for images of this size, its position tables resampled; itself where it has none."""
+    def of_size(self, image_size: int, *, fresh: bool = False) -> "ForeignClassifier":
+        """The same for images of this size, its position tables resampled; itself where it has none. fresh: it has not
+        learnt anything yet, so tables that cannot be resampled are drawn anew.
+        """
         body: Any = self.body
         resampled = hasattr(body, "of_size")
         if not (self.fixed_size or resampled) or image_size == self.metadata.preprocess.image_size:
@@ -62,13 +64,14 @@ class ForeignClassifier(nn.Module):
         if resampled:
             other.body = body.of_size(image_size)
             return other.train(self.training)
-        found = self.state_dict()
-        if any(found[key].shape != value.shape for key, value in other.state_dict().items()):
+        drawn = other.state_dict()
+        kept = {key: value for key, value in self.state_dict().items() if value.shape == drawn[key].shape}
+        if len(kept) < len(drawn) and not fresh:
             raise UserError(
                 f"{metadata.variant} has tables of positions for {self.metadata.preprocess.image_size} pixels; it is "
                 f"used at that size, and not at {image_size}."
             )
-        other.load_state_dict(found)
+        other.load_state_dict(drawn | kept)
         return other.train(self.training)
 
 

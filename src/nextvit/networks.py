@@ -21,10 +21,10 @@ def backbone_of(network: Network) -> NextViT | ForeignClassifier | ForeignMaps:
     return network.backbone if isinstance(network, Dense) else network
 
 
-def of_size(network: Network, image_size: int | None) -> Network:
-    """The network for images of this size: of others' whose size is fixed a new one."""
+def of_size(network: Network, image_size: int | None, *, fresh: bool = False) -> Network:
+    """The network for images of this size: of others' whose size is fixed a new one. fresh: it has not learnt yet."""
     if isinstance(network, ForeignClassifier) and image_size is not None:
-        return network.of_size(image_size)
+        return network.of_size(image_size, fresh=fresh)
     return network
 
 

@@ -306,7 +306,7 @@ def _measured(
 ) -> Iterator[Latency]:
     try:
         draw = partial(create_model, row.network, task="classify")
-        own = Sessions(lambda: of_size(draw(), row.image_size), row.image_size, stem, threads)
+        own = Sessions(lambda: of_size(draw(), row.image_size, fresh=True), row.image_size, stem, threads)
     except FAULTS as error:
         for setup in setups:
             yield Latency(row.key, *setup, machine(), threads, why=first_line(error))

@@ -385,7 +385,7 @@ def _model(recipe: Recipe, labels: Sequence[str], saved: WeightFile | None, *, t
     if isinstance(model, Detector):
         model.fixed_norms, model.sampling = bool(recipe.fixed_norms), Sampling(**asdict(recipe.sampling))
     p = LEARNING[recipe.task].prepared(recipe, model.metadata.preprocess)
-    model = of_size(model, p.image_size)
+    model = of_size(model, p.image_size, fresh=weights is None)
     model.metadata = replace(model.metadata, labels=tuple(labels), preprocess=p)
     return model
 
