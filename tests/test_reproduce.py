@@ -34,7 +34,7 @@ from nextvit.reproduce import (
     rank_correlation,
     read_latencies,
 )
-from nextvit.reproduced import _measured_setups, _panels, count_rows, latency_rows, order_rows, rerun
+from nextvit.reproduced import _measured_setups, _panels, count_rows, latency_rows, order_rows, rerun, write_readme
 from nextvit.runtime.onnxruntime_session import PROVIDERS, starts
 from tests.conftest import REPOSITORY, nextvit_here
 
@@ -260,6 +260,14 @@ def test_processors_of_one_name_are_told_apart_by_what_they_compute_in():
     assert torch.backends.cpu.get_cpu_capability() in name
     assert ("BF16" in name or "AMX" in name) == ("bf16" in fast_precisions(torch.device("cpu")))
     assert reproduce.machine().startswith(name)
+
+
+def test_folders_of_other_machines_are_linked(tmp_path):
+    (tmp_path / "gpu").mkdir()
+    write_readme(tmp_path / "gpu")
+    write_readme(tmp_path)
+    assert "Other machines: [gpu](gpu/README.md)." in (tmp_path / "README.md").read_text()
+    assert "Other machines" not in (tmp_path / "gpu" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("refusals", [2, 3])

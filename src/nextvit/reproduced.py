@@ -371,13 +371,19 @@ def _named(setup: Setup) -> str:
 
 
 def write_readme(folder: Path) -> None:
-    """README.md of all that the folder has, as repositories show it: pictures and tables, with links to the rest."""
+    """README.md of all that the folder has, as repositories show it: pictures and tables, with links to the rest, and to
+    folders in it, which are of other machines.
+    """
     parts = [
         "# The paper, rerun",
         f"By `nextvit reproduce`, nextvit {__version__}, {datetime.date.today().isoformat()}.",
     ]
     for file in sorted(folder.glob("measured-*.csv"))[:1]:
         parts.append("; ".join(f"{one.machine}; {one.threads} threads" for one in read_latencies(file)[:1]) + ".")
+    if others := [
+        f"[{other.parent.name}]({other.parent.name}/README.md)" for other in sorted(folder.glob("*/README.md"))
+    ]:
+        parts.append(f"Other machines: {', '.join(others)}.")
     if (folder / "figure1.png").exists():
         parts.append("## Figure 1\n\n![accuracy against latency](figure1.png)")
     for table in sorted(TITLES):
