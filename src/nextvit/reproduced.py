@@ -371,8 +371,8 @@ def _named(setup: Setup) -> str:
 
 
 def write_readme(folder: Path) -> None:
-    """README.md of all that the folder has, as repositories show it: pictures and tables, with links to the rest, and to
-    folders in it, which are of other machines.
+    """README.md of all that the folder has, as repositories show it: pictures and tables, with links to the rest and
+    to folders in it, which are of other machines.
     """
     parts = [
         "# The paper, rerun",
