@@ -280,6 +280,7 @@ def test_weights_that_make_much_of_a_rounding_are_drawn_anew(refusals, tmp_path,
 
     def export(network, path, **_):
         written.append(network)
+        assert not path.exists()
         if len(written) <= refusals:
             raise ParityError("its outputs differ")
 
@@ -292,6 +293,7 @@ def test_weights_that_make_much_of_a_rounding_are_drawn_anew(refusals, tmp_path,
         with pytest.raises(ParityError):
             sessions("onnx", "fp32")
     assert len(drawn) == 3
+    assert not torch.equal(*(next(network.parameters()) for network in drawn[:2]))
     assert all(one is other for one, other in zip(drawn, written, strict=True))
 
 

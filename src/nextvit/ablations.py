@@ -27,7 +27,8 @@ class Ablation:
     """A row of one of the tables.
 
     make: the network of so many blocks in stage 3 and of so many more than S's in stage 2. depths: these two. Where
-    there is a reference they bring the network to its latency, else they are S's.
+    there is a reference they are those whose latency came nearest to its: see docs/results/avx2 for how near, on what
+    machine; of Table 2 most are guesses. Else they are S's.
     """
 
     table: str

@@ -11,10 +11,9 @@ from nextvit.benchmark import benchmark
 from nextvit.create import create_model
 from nextvit.devices import cpu_count
 from nextvit.files import write_rows
-from nextvit.foreign import FAULTS
 from nextvit.paper import SIZES, PaperRow, ablation_row
 from nextvit.progress import say
-from nextvit.reproduce import ROUNDS, Sessions, insist_on_machine, machine, read_records
+from nextvit.reproduce import ROUNDS, Sessions, first_line, insist_on_machine, machine, read_records
 from nextvit.runtime.session import Session
 
 TOLERANCE = 0.03  # of the reference's latency
@@ -148,14 +147,14 @@ def of_equal_latency(
             there = {one.network.partition("@")[0] for one in done if (one.runtime, one.precision) == setup}
             if name is None or base in there:
                 continue
-            if name not in references:
-                references[name] = Sessions(partial(create_model, name), size, Path(place, name), threads)
-            reference = references[name](runtime, precision)
             opened = partial(_opened, ablation, Path(place, "row"), runtime, precision, threads)
             try:
+                if name not in references:
+                    references[name] = Sessions(partial(create_model, name), size, Path(place, name), threads)
+                reference = references[name](runtime, precision)
                 found = equal_latency(partial(_ratio, opened, reference, rounds), ablation.can_have, ablation.depths)
-            except FAULTS as error:  # a runtime that cannot have it: the rest goes on
-                say(f"{base} keeps its usual depth: {str(error).strip().splitlines()[0]}")
+            except Exception as error:  # a runtime that cannot have it: the rest goes on
+                say(f"{base} keeps its usual depth: {first_line(error)}")
                 continue
             network = ablation.at(found.third, found.more).name
             if not found.ok:

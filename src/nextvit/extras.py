@@ -21,6 +21,6 @@ def installed(module: str) -> bool:
 
 
 def version(module: str) -> str:
-    """The installed version of what has this module: onnxruntime is onnxruntime-gpu's, too."""
+    """The installed version of what has this module: onnxruntime may be onnxruntime-gpu's."""
     names = metadata.packages_distributions().get(module, [module])
     return metadata.version(names[0]).partition("+")[0]

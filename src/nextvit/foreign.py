@@ -65,7 +65,9 @@ class ForeignClassifier(nn.Module):
             other.body = body.of_size(image_size)
             return other.train(self.training)
         drawn = other.state_dict()
-        kept = {key: value for key, value in self.state_dict().items() if value.shape == drawn[key].shape}
+        kept = {
+            key: value for key, value in self.state_dict().items() if key in drawn and value.shape == drawn[key].shape
+        }
         if len(kept) < len(drawn) and not fresh:
             raise UserError(
                 f"{metadata.variant} has tables of positions for {self.metadata.preprocess.image_size} pixels; it is "

@@ -8,7 +8,7 @@ import numpy as np
 
 from nextvit.devices import cpu_count
 from nextvit.errors import UserError
-from nextvit.extras import need
+from nextvit.extras import installed, need
 from nextvit.files import check_seal
 from nextvit.metadata import Metadata
 from nextvit.runtime.session import Setup, as_named, no_metadata, own_precision
@@ -30,7 +30,7 @@ def providers_here() -> list[str]:
 
 def starts(place: str) -> bool:
     """Whether a provider really starts here: a build lists those whose libraries or device may be missing."""
-    if place not in providers_here():
+    if place not in providers_here() or not installed("onnx"):
         return False
     ort, onnx = need("onnxruntime", extra="onnx"), need("onnx", extra="onnx")
     ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in ("x", "y")]
@@ -38,7 +38,10 @@ def starts(place: str) -> bool:
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=10)
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=[PROVIDERS[place]])
+    try:
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=[PROVIDERS[place]])
+    except Exception:  # the runtime's own exception types are not public
+        return False
     return PROVIDERS[place] in session.get_providers()
 
 
