@@ -205,7 +205,7 @@ def test_what_could_not_be_measured_is_tried_again(measured, tmp_path, monkeypat
 
 def test_norms_have_the_statistics_of_real_images():
     model = create_model("nextvit_nano", num_classes=3)
-    reproduce._calibrate(model, 64)
+    reproduce._calibrate(model, 64, "cpu")
     seen = []
     norm = model.stages[2].blocks[0].norm
     norm.register_forward_hook(lambda module, inputs, output: seen.append(output.std()))
