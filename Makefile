@@ -34,11 +34,8 @@ test-all: .venv/installed
 RESULTS ?= docs/results
 results: .venv/installed
 	$(BIN)/nextvit reproduce all --output $(RESULTS)
-	for table in table1 table8; do \
+	for table in table1 table7 table8 table9; do \
 		$(BIN)/nextvit reproduce $$table --costs --train demo --task classify,segment --output $(RESULTS) || exit 1; \
-	done
-	for table in table7 table9; do \
-		$(BIN)/nextvit reproduce $$table --costs --train demo --output $(RESULTS) || exit 1; \
 	done
 	$(BIN)/python benchmarks/fit.py --output $(RESULTS)/fit.csv
 	for model in timm:resnet50 timm:swin_tiny_patch4_window7_224 nextvit_small; do \

@@ -35,6 +35,7 @@ from nextvit.reproduce import (
     read_latencies,
 )
 from nextvit.reproduced import _measured_setups, _panels, count_rows, latency_rows, order_rows, rerun, write_readme
+from nextvit.runtime import onnxruntime_session
 from nextvit.runtime.onnxruntime_session import PROVIDERS, starts
 from tests.conftest import REPOSITORY, nextvit_here
 
@@ -205,7 +206,7 @@ def test_what_could_not_be_measured_is_tried_again(measured, tmp_path, monkeypat
 
 def test_norms_have_the_statistics_of_real_images():
     model = create_model("nextvit_nano", num_classes=3)
-    reproduce._calibrate(model, 64, "cpu")
+    reproduce._calibrate(model, 64)
     seen = []
     norm = model.stages[2].blocks[0].norm
     norm.register_forward_hook(lambda module, inputs, output: seen.append(output.std()))
@@ -237,7 +238,7 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     [
         (["tvm"], ["fp32"], "no runtime 'tvm' to reproduce with; take of torch, onnx, openvino, coreml"),
         (["onnx"], ["fp8"], "no precision 'fp8'"),
-        (["onnx"], ["int8"], "none of these runtimes has one of these precisions here"),
+        (["onnx"], ["int8"], "none of these runtimes has one of these precisions here; take of onnx fp32"),
         pytest.param(["onnx", "coreml"], ["fp32", "fp16"], "coreml needs macOS; leave it out", marks=NO_MAC),
         pytest.param(["cuda"], ["fp16"], "cuda needs an NVIDIA GPU that torch sees; leave it out", marks=NO_GPU),
         pytest.param(["tensorrt"], (), "tensorrt needs an NVIDIA GPU, TensorRT, and a build", marks=NO_TENSORRT),
@@ -249,10 +250,12 @@ def test_a_setup_that_there_is_not_is_refused(runtimes, precisions, told):
 
 
 def test_a_provider_that_a_build_lists_must_start(monkeypatch):
-    assert starts("cpu")
-    assert not starts("tensorrt-rtx")  # of builds for Windows
+    monkeypatch.setattr(onnxruntime_session, "providers_here", lambda: list(PROVIDERS))  # as onnxruntime-gpu does
     monkeypatch.setitem(PROVIDERS, "cuda", PROVIDERS["cpu"])
+    assert starts("cpu")
     assert starts("cuda")
+    monkeypatch.setitem(PROVIDERS, "cuda", "NoSuchExecutionProvider")
+    assert not starts("cuda")
 
 
 def test_processors_of_one_name_are_told_apart_by_what_they_compute_in():

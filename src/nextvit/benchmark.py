@@ -84,8 +84,8 @@ def benchmark(
         except Exception as error:  # each runtime has its own kinds; a file of fixed size is the usual reason
             shape = "x".join(map(str, inputs[-1].shape))
             raise UserError(
-                f"{name} cannot run an input of {shape}; a file of one size or batch takes no other, and a GPU has an "
-                f"end. It says: {' '.join(str(error).split())[:300]}"
+                f"{name} cannot run an input of {shape}; a file of one size or batch takes no other, and memory may be "
+                f"too small. It says: {' '.join(str(error).split())[:300]}"
             ) from error
     times = np.zeros((rounds, len(rows)))
     for number in track(range(rounds), total=rounds, label="measure"):

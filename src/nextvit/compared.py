@@ -29,7 +29,7 @@ def bottleneck(b: Block) -> Compared:
     """ResNet's (arXiv 1512.03385): 1x1 to a quarter of the channels, 3x3, 1x1 back."""
     resnet: Any = need("timm.models.resnet", extra="peers")
     block = resnet.Bottleneck(b.c_out, b.c_out // 4, drop_path=_drop_path(b))
-    block.zero_init_last()  # as all of timm's ResNets start; many of them are else ill-conditioned
+    block.zero_init_last()  # as timm's ResNets start: many blocks that do not make much of every rounding
     return Compared(b, block)
 
 

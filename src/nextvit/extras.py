@@ -1,6 +1,7 @@
 """Optional libraries: imported where they are used, and named with the extra that brings them when they are missing."""
 
 import importlib
+from functools import cache
 from importlib import metadata, util
 from types import ModuleType
 
@@ -22,5 +23,7 @@ def installed(module: str) -> bool:
 
 def version(module: str) -> str:
     """The installed version of what has this module: onnxruntime may be onnxruntime-gpu's."""
-    names = metadata.packages_distributions().get(module, [module])
-    return metadata.version(names[0]).partition("+")[0]
+    return metadata.version(_distributions().get(module, [module])[0]).partition("+")[0]
+
+
+_distributions = cache(metadata.packages_distributions)  # it reads the records of all that is installed

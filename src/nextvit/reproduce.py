@@ -78,11 +78,11 @@ def chosen_setups(runtimes: Sequence[str] = (), precisions: Sequence[str] = ()) 
             raise UserError(f"{runtime} {why}; leave it out of the runtimes.")
     here = runtimes or [name for name in dict(SETUPS) if not _not_here(name)]
     emulated = {"bf16"} - set(fast_precisions(pick_device("cpu")))
-    wanted = set(precisions or (precision for _, precision in SETUPS)) - emulated
-    chosen = [(runtime, precision) for runtime, precision in SETUPS if runtime in here and precision in wanted]
+    there_are = [(runtime, precision) for runtime, precision in SETUPS if runtime in here and precision not in emulated]
+    chosen = [setup for setup in there_are if not precisions or setup[1] in precisions]
     if not chosen:
         raise UserError(
-            "none of these runtimes has one of these precisions here; leave --precision out for all that they have."
+            f"none of these runtimes has one of these precisions here; take of {', '.join(map(' '.join, there_are))}."
         )
     if without := [runtime for runtime in runtimes if runtime not in dict(chosen)]:
         say(f"note: {', '.join(without)}: not in {' or '.join(precisions)} here, so left out.")
@@ -252,48 +252,50 @@ class Sessions:
 
     def __init__(self, draw: Callable[[], Network], image_size: int, stem: Path, threads: int):
         self.draw, self.image_size, self.stem, self.threads = draw, image_size, stem, threads
-        self.network = draw()
-        self.calibrated = False
+        self.network = self._drawn()
         self.open: dict[tuple[str, str, int], Session] = {}
         for old in stem.parent.glob(f"{stem.name}-*"):  # files of another network
             shutil.rmtree(old) if old.is_dir() else old.unlink()
 
     def __call__(self, runtime: str, precision: str, batch: int = 1) -> Session:
-        if not self.calibrated:
-            _calibrate(self.network, self.image_size, "cuda" if runtime == "cuda" else "cpu")
-            self.calibrated = True
         key = runtime, precision, batch
         if key not in self.open:
             self.open[key] = self._opened(runtime, precision, dynamic=batch > 1)
         return self.open[key]
 
+    def _drawn(self) -> Network:
+        network = self.draw()
+        _calibrate(network, self.image_size)
+        return network
+
     def _opened(self, runtime: str, precision: str, *, dynamic: bool) -> Session:
-        """Fixed sizes, as latency is deployed for, need a file of one image, and a third of the time to write it."""
+        """dynamic: for any batch and size; else for one image of one size, whose file takes a third of the time."""
         if runtime in ("torch", "cuda"):
             place, kind = ("cpu", "eager") if runtime == "torch" else ("cuda", "graph")
             session = TorchSession(self.network, device=place, threads=self.threads, precision=precision, kind=kind)
             session.metadata = session.metadata.with_image_size(self.image_size)
             return session
-        kind = precision if precision in ("int8", "fp16") else "fp32"  # bf16 is how a file of fp32 is computed
+        stored = precision if precision in ("int8", "fp16") else "fp32"  # bf16 is how a file of fp32 is computed
         written = format_named("onnx" if runtime == "tensorrt" else runtime)
-        path = self.stem.with_name(f"{self.stem.name}-{kind}{'-dynamic' * dynamic}{written.suffix}")
+        path = self.stem.with_name(f"{self.stem.name}-{stored}{'-dynamic' * dynamic}{written.suffix}")
         if not path.exists():
-            turns = range(3) if kind == "int8" else ()
-            images = [image.rotate(90 * turn) for turn in turns for image in real_images()] or None  # enough for ranges
-            how = partial(export, image_size=self.image_size, precision=kind, dynamic=dynamic)
-            write = partial(how, calibration=images, max_drop=None)
-            for left in reversed(range(DRAWS)):
-                try:
-                    write(self.network, path)
-                    break
-                except ParityError:  # some random weights, of deep networks above all, make much of a rounding
-                    if not left:
-                        raise
-                    self.network = self.draw()
-                    _calibrate(self.network, self.image_size, "cpu")
-        chosen = precision if kind == "fp32" else None
+            self._write(path, stored, dynamic=dynamic)
+        chosen = precision if stored == "fp32" else None
         device = {"coreml": "auto", "tensorrt": "tensorrt"}.get(runtime, "cpu")  # auto: all of a Mac's compute units
         return open_session(path, device=device, threads=self.threads, precision=chosen, trust=True)
+
+    def _write(self, path: Path, precision: str, *, dynamic: bool) -> None:
+        turns = range(3) if precision == "int8" else ()
+        images = [image.rotate(90 * turn) for turn in turns for image in real_images()] or None  # enough for ranges
+        write = partial(export, image_size=self.image_size, precision=precision, calibration=images, max_drop=None)
+        for left in reversed(range(DRAWS)):
+            try:
+                write(self.network, path, dynamic=dynamic)
+                return
+            except ParityError:  # some random weights, of deep networks above all, make much of a rounding
+                if not left:
+                    raise
+                self.network = self._drawn()
 
 
 def _measured(
@@ -334,7 +336,7 @@ def first_line(error: Exception) -> str:
     return kind + lines[0][:300]
 
 
-def _calibrate(network: Network, image_size: int, place: str) -> None:
+def _calibrate(network: Network, image_size: int) -> None:
     """Give every BatchNorm the statistics of real images: with those of fresh weights values vanish or overflow."""
     norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]
@@ -343,10 +345,10 @@ def _calibrate(network: Network, image_size: int, place: str) -> None:
         norm.momentum = None  # the mean of all batches, and not of the first values too
     p = network.metadata.with_image_size(image_size).preprocess
     images = np.stack([preprocess(image, p) for image in real_images()])
-    network.train().to(place)
+    network.train()
     with torch.no_grad():
-        network(torch.from_numpy(images).to(place))
-    network.eval().cpu()
+        network(torch.from_numpy(images))
+    network.eval()
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
 
