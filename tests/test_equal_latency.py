@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -114,3 +115,19 @@ def test_depths_of_another_machine_are_refused(tmp_path):
     write_rows(file, [asdict(other)])
     with pytest.raises(UserError, match="was measured on another, with 1 threads, and not on"):
         of_equal_latency(paper_rows("table1"), file, ("torch", "fp32"), threads=1)
+
+
+@pytest.mark.parametrize(
+    ("first", "again", "told"), [(1.01, 1.08, 1.08), (0.98, 1.0, 1.0), (1.2, 1.0, 1.2)], ids=["luck", "near", "far"]
+)
+def test_what_seems_near_is_measured_again_and_longer(first, again, told, monkeypatch):
+    """A short measurement that is near by chance must not end the search."""
+    asked = []
+
+    def measured(pair, *, rounds, resident):
+        asked.append(rounds)
+        return [None, SimpleNamespace(ratio=first if len(asked) == 1 else again)]
+
+    monkeypatch.setattr(equal, "benchmark", measured)
+    assert equal._ratio(lambda third, more: ("it", None), None, 8, 4, 0) == told
+    assert asked == ([8, 24] if first < 1.1 else [8])

@@ -20,6 +20,7 @@ TOLERANCE = 0.03  # of the reference's latency
 A_BLOCK = 0.04  # of the latency, what one is taken for before two depths were measured
 MOST_MORE = 2  # blocks, by which stage 2 is made deeper or shallower
 MOST_TRIES = 14  # networks that are measured
+AGAIN = 3  # times the rounds, that one which seems near is measured again in
 
 
 def near(ratio: float) -> bool:
@@ -192,5 +193,7 @@ def _ratio(
     network, session = opened(third, more)
     pair = [("reference", reference), (network, session)]
     ratio = benchmark(pair, rounds=rounds, resident=True)[1].ratio
+    if near(ratio):  # perhaps by chance: of many that are tried, it would be the lucky one that is taken
+        ratio = benchmark(pair, rounds=AGAIN * rounds, resident=True)[1].ratio
     say(f"{network}: {third} blocks in stage 3, {more:+} in stage 2, {ratio:.3f} of the reference's latency")
     return ratio

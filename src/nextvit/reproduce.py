@@ -59,6 +59,7 @@ SETUPS = (  # runtime and precision, in the order in which they are measured
 R = TypeVar("R", bound="DataclassInstance")
 ROUNDS = 12  # of 8, the fewest that there can be, an interval of 99 % is all that was measured
 SIMILAR = 1.1  # times, that latencies called similar may be apart
+FEWEST_IMAGES = 8  # that BatchNorm's statistics come from: ResNeSt has norms that see one value an image
 DRAWS = 3  # of random weights, where a file does not answer as the network does
 NEAR = 0.02  # of a printed cost: what differs by more is flagged
 DENSE = {  # of each table: column, task, head, what is counted, and the height and width that operations are counted at
@@ -344,7 +345,9 @@ def _calibrate(network: Network, image_size: int) -> None:
         norm.reset_running_stats()
         norm.momentum = None  # the mean of all batches, and not of the first values too
     p = network.metadata.with_image_size(image_size).preprocess
-    images = np.stack([preprocess(image, p) for image in real_images()])
+    real = real_images()
+    enough = round(len(real) * (SIZES["table4"] / image_size) ** 2)  # have as many pixels as all of them at 224
+    images = np.stack([preprocess(image, p) for image in real[-max(enough, FEWEST_IMAGES) :]])
     network.train()
     with torch.no_grad():
         network(torch.from_numpy(images))
