@@ -43,9 +43,10 @@ class Ablation:
         return self.make(*self.depths)
 
     def at(self, third: int, more: int) -> Variant:
-        """The network of other depths, named so that `create_model` finds it again."""
-        same = (third, more) == self.depths
-        return self.variant if same else replace(self.make(third, more), name=f"{self.variant.name}@{third},{more}")
+        """The network of these depths, named so that `create_model` finds it again, whatever the usual ones are then."""
+        if self.reference is None:
+            return self.variant
+        return replace(self.make(third, more), name=f"{self.variant.name}@{third},{more}")
 
     def can_have(self, third: int, more: int) -> bool:
         """Whether there is a network of these depths: each stage keeps a block."""

@@ -176,7 +176,7 @@ def at_depths(rows: Sequence[PaperRow], known: Sequence[Depth]) -> tuple[list[Pa
 
 
 def _ablations(rows: Sequence[PaperRow]) -> list[Ablation]:
-    return [a for a in ABLATIONS if a.variant.name in {row.network for row in rows}]
+    return [a for a in ABLATIONS if a.variant.name in {row.network.partition("@")[0] for row in rows}]
 
 
 def _opened(
