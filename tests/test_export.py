@@ -122,7 +122,7 @@ def test_a_file_that_answers_otherwise_is_not_kept(ending, tmp_path, monkeypatch
     path.write_bytes(b"an older export")
     monkeypatch.setattr(exporting, "export_form", faulty)
     with pytest.raises(ParityError, match="was not written: its outputs differ"):
-        nextvit.export(model, path)
+        nextvit.export(model, path, image_size=64, dynamic=False)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     assert path.read_bytes() == b"an older export"
 
@@ -302,7 +302,7 @@ def test_an_ending_that_is_no_format_is_refused_with_those_that_are(target, tmp_
 
 def test_export_leaves_the_model_as_it_was(tmp_path):
     model = fill(nextvit.create_model("nextvit_nano", num_classes=3)).double().train()
-    nextvit.export(model, tmp_path / "m.onnx")
+    nextvit.export(model, tmp_path / "m.onnx", image_size=64, dynamic=False)
     assert model.training
     assert model.head.fc.weight.dtype == torch.float64
 
@@ -311,7 +311,7 @@ def test_a_model_that_is_not_what_its_metadata_says_is_refused(tmp_path):
     model = fill(nextvit.create_model("nextvit_nano", num_classes=3))
     model.head.fc = torch.nn.Linear(512, 7)
     with pytest.raises(UserError, match="7 outputs and its metadata 3 classes"):
-        nextvit.export(model, tmp_path / "m.onnx")
+        nextvit.export(model, tmp_path / "m.onnx", image_size=64, dynamic=False)
     with pytest.raises(UserError, match="not Linear"):
         nextvit.export(torch.nn.Linear(2, 2), tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())

@@ -90,7 +90,7 @@ def test_a_file_finds_what_the_model_finds(ending, dynamic, model, files):
     assert len(found) > 10
 
 
-@pytest.mark.parametrize("ending", [".onnx", ".xml"])
+@pytest.mark.parametrize("ending", [".onnx", pytest.param(".xml", marks=pytest.mark.slow)])
 def test_the_example_beside_a_file_runs_by_itself(ending, files):
     path, _ = files(ending)
     folder = path.with_name(f"{path.name}.example")

@@ -65,7 +65,7 @@ def files(model, tmp_path_factory):
 
 
 RUNNABLE = (".onnx", ".xml", ".pt2", ".pte", ".aoti.pt2")
-QUICK = ((".onnx", True, False), (".xml", True, True))  # ending, dynamic, class_map
+QUICK = ((".onnx", True, False), (".xml", False, True))  # ending, dynamic, class_map
 
 
 @pytest.mark.parametrize(
