@@ -68,8 +68,10 @@ def main() -> None:
     shown = [row for row in done if {**row, **here} == row and (row["network"], row["pixels"]) in drawn_here]
     errors = np.array([float(row["error"].rstrip("%")) for row in shown])
     near = int((abs(errors) <= 100 * NEAR).sum())
+    clock = sum(abs(float(row["predicted_ms"]) / float(row["measured_ms"]) - 1) <= NEAR for row in shown)
     print(f"{near} of {len(errors)} predictions are within {NEAR:.0%} of what was measured; median error ", end="")
     print(f"{np.median(errors):+.1f} %, of its size {np.median(abs(errors)):.1f} %, largest {abs(errors).max():.1f} %")
+    print(f"by the clock alone, without the machine's speed, {clock} are")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from nextvit.accuracies import (
     study_of,
     summed_up,
     train_networks,
+    trained_on,
 )
 from nextvit.checkpoints import owned
 from nextvit.data.demo_images import garments
@@ -338,16 +339,21 @@ def test_one_kind_a_title_and_each_is_told_apart():
     kinds = [
         Kind("classify", "", "demo", "proxy 1"),
         Kind("classify", "", "demo", "proxy 2"),
+        Kind("classify", "", "demo", "proxy 2", "a GPU, bf16"),
         Kind("classify", "", "/a/imagenet", "in1k_300e 1"),
         Kind("classify", "", "/a/imagenet", GIVEN),
         Kind("classify", "", "/a/flowers", GIVEN),
         Kind("segment", "fpn", "/a/ade", GIVEN),
     ]
-    found = [Score("nextvit_nano", *kind[:1], *kind[2:], head=kind.head, image_size=224, percent=1.0) for kind in kinds]
+    found = [
+        Score("nextvit_nano", kind.task, kind.data, kind.of, head=kind.head, image_size=224, percent=1.0, on=kind.on)
+        for kind in kinds
+    ]
     assert list(kinds_of([NANO], found)) == kinds
     assert list(kinds_of([NANO], found).values()) == [
         "top-1, %, a proxy (demo, proxy 1)",
         "top-1, %, a proxy (demo, proxy 2)",
+        "top-1, %, a proxy (demo, proxy 2, a GPU, bf16)",
         "top-1, %, trained on imagenet",
         "top-1, %, of weights on imagenet",
         "top-1, %, of weights on flowers",
@@ -387,7 +393,8 @@ def test_the_verb_shows_a_proxy_as_one(tmp_path, quick):
     assert done.returncode == 0, done.stderr
     assert "top-1, %, a proxy" in done.stdout
     page = (tmp_path / "table8.html").read_text()
-    assert "trained for a minute on the images that ship" in page
+    assert "trained for a minute or two on the images that ship" in page
+    assert f"Trained on {trained_on()}." in page
     with open(tmp_path / "accuracies.csv", newline="") as handle:
         (row,) = csv.DictReader(handle)
     assert row["network"] == "table8_r050"

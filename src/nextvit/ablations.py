@@ -28,14 +28,14 @@ class Ablation:
 
     make: the network of so many blocks in stage 3 and of so many more than S's in stage 2. depths: these two. Where
     there is a reference they are those whose latency came nearest to its: see docs/results/avx2 for how near, on what
-    machine; of Table 2 most are guesses. Else they are S's.
+    machine; of Table 2 most are guesses. Else they are those of S, or of the variant that the row is.
     """
 
     table: str
     row: str  # as the table names it
     make: Callable[[int, int], Variant]
     depths: tuple[int, int]
-    reference: str | None = None  # the variant whose latency it is brought to
+    reference: str | None = None  # the variant whose latency it is brought to; not its own
     printed: dict[str, float] = field(default_factory=dict)  # tensorrt_ms, top1, det_box_ap, seg_miou
 
     @property
@@ -43,7 +43,7 @@ class Ablation:
         return self.make(*self.depths)
 
     def at(self, third: int, more: int) -> Variant:
-        """The network of these depths, named so that `create_model` finds it again, whatever the usual ones are then."""
+        """The network of these depths, named so that `create_model` finds it whatever the usual ones are."""
         if self.reference is None:
             return self.variant
         return replace(self.make(third, more), name=f"{self.variant.name}@{third},{more}")
@@ -100,7 +100,7 @@ def _table2(name: str, groups: int, third: int, more: int) -> Variant:
     return _variant(f"table2_{name}", (first, second, _groups("ncb", third, groups), fourth))
 
 
-def _row2(name: str, row: str, groups: int, third: int, more: int, reference: str, **printed: float) -> Ablation:
+def _row2(name: str, row: str, groups: int, third: int, more: int, reference: str | None, **printed: float) -> Ablation:
     return Ablation("table2", row, lambda n, m: _table2(name, groups, n, m), (third, more), reference, printed)
 
 
@@ -118,7 +118,8 @@ def _table7(kind: str, third: int, more: int) -> Variant:
 
 def _row7(kind: str, row: str, third: int, more: int, ms: float, top1: float, box_ap: float, miou: float) -> Ablation:
     printed = {"tensorrt_ms": ms, "top1": top1, "det_box_ap": box_ap, "seg_miou": miou}
-    return Ablation("table7", row, lambda n, m: _table7(kind, n, m), (third, more), SMALL.name, printed)
+    reference = SMALL.name if kind != "ncb" else None
+    return Ablation("table7", row, lambda n, m: _table7(kind, n, m), (third, more), reference, printed)
 
 
 # ---- Tables 8 and 9: the share of attention; norm and activation -----------------------------------------------------
@@ -153,10 +154,10 @@ ABLATIONS = (
     _row2("chhh_large", "C, H, H, H as large", 1, 34, 0, "nextvit_large"),
     _row2("n1", "N = 1, L = 5", 5, 5, 0, "nextvit_small"),
     _row2("n2", "N = 2, L = 3", 3, 6, 0, "nextvit_small"),
-    _row2("n4", "N = 4, L = 2: small", 2, 8, 0, "nextvit_small", **_OURS),
+    _row2("n4", "N = 4, L = 2: small", 2, 8, 0, None, **_OURS),
     _row2("n10", "N = 10, L = 1", 1, 10, 0, "nextvit_small"),
-    _row2("n4_base", "N = 4, L = 4: base", 4, 16, 0, "nextvit_base", **_BASE),
-    _row2("n4_large", "N = 4, L = 6: large", 6, 24, 0, "nextvit_large", **_LARGE),
+    _row2("n4_base", "N = 4, L = 4: base", 4, 16, 0, None, **_BASE),
+    _row2("n4_large", "N = 4, L = 6: large", 6, 24, 0, None, **_LARGE),
     _row7("bottleneck", "BottleNeck Block", 80, 2, 7.8, 81.9, 44.5, 46.1),
     _row7("convnext", "ConvNeXt Block", 3, 1, 7.8, 79.6, 41.4, 44.1),
     _row7("lsa", "LSA Block", 2, -2, 8.4, 78.2, 38.7, 40.3),

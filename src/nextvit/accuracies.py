@@ -16,6 +16,7 @@ from nextvit.create import open_checkpoint
 from nextvit.data.scenes import scenes_folder
 from nextvit.data.sets import TASKS, default_eval_split, read_split, split_names, task_of
 from nextvit.data.shards import are_urls
+from nextvit.devices import device_name, pick_device, pick_precision
 from nextvit.errors import DiskFull, Interrupted, UserError
 from nextvit.evaluate import AnyEvaluation, prepared_for
 from nextvit.files import write_rows
@@ -59,6 +60,7 @@ class Kind(NamedTuple):
     head: str
     data: str
     of: str
+    on: str = ""
 
     @property
     def proxy(self) -> bool:
@@ -87,10 +89,11 @@ class Score:
     percent: float | None = None  # top-1, mIoU or box AP
     source: str = ""  # of GIVEN: the file, or the published tag
     why: str = ""
+    on: str = ""  # the device that it was trained on, and the precision
 
     @property
     def kind(self) -> Kind:
-        return Kind(self.task, self.head, self.data, self.of)
+        return Kind(self.task, self.head, self.data, self.of, self.on)
 
     @property
     def key(self) -> tuple[str, int, int, Kind]:
@@ -115,7 +118,8 @@ class Study:
         """A score that there is not yet."""
         recipe = self.recipe(task)
         of, head = f"{Path(self.name(task)).stem} {recipe.sha256[:8]}", recipe.head or HEADS[task][0]
-        return Score(network, task, self.data[task], of, seed, head, image_size if task == "classify" else 0)
+        size = image_size if task == "classify" else 0
+        return Score(network, task, self.data[task], of, seed, head, size, on=trained_on())
 
     def size_of(self, row: PaperRow) -> int:
         """Pixels that a row is trained at as a classifier: its own, but in proxies and before dense tasks."""
@@ -150,6 +154,12 @@ def study_of(
     for task in study.data:
         study.recipe(task)  # refused before anything is done
     return study
+
+
+def trained_on() -> str:
+    """Device and precision of trainings here, which what they come to depends on."""
+    device = pick_device()
+    return f"{device_name(device)}, {pick_precision('auto', device)}"
 
 
 def place_of(data: str, task: str) -> str:
@@ -375,8 +385,7 @@ def kinds_of(rows: Sequence[PaperRow], scores: Sequence[Score]) -> dict[Kind, st
     kinds = [k for k in dict.fromkeys(one.kind for one in scores) if any(of_row(row, scores, k) for row in rows)]
     titles = [kind.title for kind in kinds]
     return {
-        kind: kind.title if titles.count(kind.title) == 1 else f"{kind.title} ({kind.data}, {kind.of})"
-        for kind in kinds
+        kind: kind.title + f" ({', '.join(filter(None, kind[2:]))})" * (titles.count(kind.title) > 1) for kind in kinds
     }
 
 

@@ -3,13 +3,14 @@
 import csv
 import datetime
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from nextvit import __version__, plots, report
 from nextvit.accuracies import (
     AS_PRINTED,
+    Kind,
     Score,
     Study,
     evaluate_networks,
@@ -20,7 +21,9 @@ from nextvit.accuracies import (
     summed_up,
     train_networks,
 )
-from nextvit.equal_latency import Depth, at_depths, of_equal_latency
+from nextvit.benchmark import CONFIDENCE
+from nextvit.devices import cpu_count
+from nextvit.equal_latency import TOLERANCE, Depth, at_depths, of_equal_latency
 from nextvit.errors import UserError
 from nextvit.files import write_rows, write_text
 from nextvit.foreign import note_of
@@ -32,6 +35,7 @@ from nextvit.reproduce import (
     Latency,
     counts,
     held,
+    insist_on_machine,
     machine,
     measure,
     pareto_front,
@@ -51,14 +55,32 @@ TITLES = {
     "table9": "Table 9: norm and activation; its figures are lost",
 }
 PRINTED = {"tensorrt_ms": "TensorRT, ms (printed)", "coreml_ms": "CoreML, ms (printed)"}
+LEGEND = (
+    "Printed latencies are the paper's: TensorRT's on a T4 GPU for eight images at once, CoreML's on an iPhone 12 Pro "
+    "Max for one. Those measured here are of the batch, one image unless the column says another; behind them is the "
+    "ratio to Next-ViT-S's, which was measured beside every network, with an interval of "
+    f"{CONFIDENCE:.0%} of its median. Of the rows that were measured, none is both faster and better than one with *."
+)
 PROXY_NOTE = (
-    "A proxy: the network was trained for a minute on the images that ship with the package, alike for all rows; mean "
-    "and standard deviation over the seeds. It tells what is learnt fast, not what a training on ImageNet comes to."
+    "A proxy: the network was trained for a minute or two on the images that ship with the package, alike for all "
+    "rows; mean and standard deviation over the seeds. It tells what is learnt fast, not what a training on ImageNet "
+    "comes to."
+)
+DEPTHS_NOTE = (
+    "Blocks in stage 3, and in stage 2 more than the reference has, whose latency came nearest to the reference's: "
+    f"ratio is their latency / its, and within {TOLERANCE:.0%} they are taken for one; tried is how many networks were "
+    "measured."
 )
 FIGURE5_NOTE = (
     "By `nextvit explain`. These networks were trained for minutes on the garments that ship with the package, at 96 "
     "pixels; the paper's are of ImageNet."
 )
+HEADINGS = {  # of what is told of a table
+    "orders": "Is the order the paper's?",
+    "claims": "Claims of the text",
+    "depths": "Depths that come nearest to the reference's latency",
+    "costs": "Parameters (millions) and operations (10^9 multiply-adds)",
+}
 ACROSS = 4  # panels, of a table with one accuracy
 FEWEST_RANKED = 5  # rows that an order is told of
 OURS = "Next-ViT"
@@ -148,8 +170,9 @@ def claim_rows(verdicts: Sequence[Held]) -> list[dict[str, object]]:
         {
             "claim": f"{one.claim.faster} takes {'about as long as' if one.claim.similar else 'less time than'} "
             f"{one.claim.slower}",
+            "in the text": one.claim.text or "-",
             "runtime": _named(one.setup),
-            "times faster, printed (TensorRT)": f"{one.printed:.2f}",
+            "the other's time / its own, printed (TensorRT)": f"{one.printed:.2f}",
             "here": f"{one.measured:.2f} ({one.low:.2f} to {one.high:.2f})",
             "verdict": one.verdict,
         }
@@ -209,6 +232,10 @@ def rerun(
         known = sorted(read_records(file, Depth), key=lambda one: (one.runtime, one.precision) == setup)
         rows, _ = at_depths(rows, known)
         shown, depths = at_depths(shown, known)
+    if not costs_alone:  # a folder is of one machine
+        for file in folder.glob("measured-*.csv"):
+            known_there = [(one.machine, one.threads) for one in read_latencies(file)]
+            insist_on_machine(file, known_there, threads or cpu_count())
     place = folder / f"measured-{table if table in ABLATION_TABLES else SIZES[table]}.csv"  # 5 and 6 share theirs
     if not costs_alone:
         measure(rows, place, setups=setups, batches=batches, threads=threads, rounds=rounds)
@@ -242,23 +269,23 @@ def write_reproduction(one: Rerun, folder: Path) -> None:
     kinds = kinds_of(rows, one.scores)
     parts = [
         report.paragraph(
-            f"{len(rows)} rows; {where}; {datetime.date.today().isoformat()}. Accuracies are the paper's"
-            f"{', but for those of columns that say otherwise' * bool(kinds)}."
-            + f" {ANCHOR} was measured beside every network, and the ratio is to it, with a 99 % interval of its "
-            "median; * no row here is both faster and better." * bool(found)
+            f"{len(rows)} of {len(paper_rows(table))} rows; {where}; {datetime.date.today().isoformat()}. "
+            f"Accuracies are the paper's{', but for those of columns that say otherwise' * bool(kinds)}."
+            + f" {LEGEND}"
+            * bool(found)
         )
     ]
     if lines := measured_rows(one):
         write_rows(folder / f"{table}-latency.csv", lines)
         if table in TABLES and found:
             picture = folder / f"{table}-tradeoff.png"
-            trade_off(table, rows, found, picture)
+            trade_off(table, rows, found, picture, one.scores)
             parts += [report.picture(picture, "accuracy against latency")] if picture.exists() else []
         parts.append(report.html_table(lines))
-    if any(kind.proxy for kind in kinds):
-        parts.append(report.paragraph(PROXY_NOTE, "note"))
+    if note := _proxy_note(kinds):
+        parts.append(report.paragraph(note, "note"))
     if one.depths:
-        parts.append(report.heading("Depths that come nearest to the reference's latency"))
+        parts += [report.heading(HEADINGS["depths"]), report.paragraph(DEPTHS_NOTE, "note")]
         within = [{**asdict(depth), "within 3 %": "yes" if depth.ok else "no"} for depth in one.depths]
         parts.append(report.html_table(within))
     orders = order_rows(rows, found, one.scores)
@@ -268,11 +295,11 @@ def write_reproduction(one: Rerun, folder: Path) -> None:
         else:
             (folder / f"{table}-{what}.csv").unlink(missing_ok=True)
     if orders:
-        parts += [report.heading("Is the order the paper's?"), report.html_table(orders)]
+        parts += [report.heading(HEADINGS["orders"]), report.html_table(orders)]
     if claims:
-        parts += [report.heading("Claims of the text"), report.html_table(claims)]
+        parts += [report.heading(HEADINGS["claims"]), report.html_table(claims)]
     parts += [
-        report.heading("Parameters (millions) and operations (10^9 multiply-adds)"),
+        report.heading(HEADINGS["costs"]),
         report.paragraph(f"{len(flagged)} of {len(costs)} figures differ by more than 2 %, or cannot be counted."),
         report.html_table(costs),
         report.paragraph(f"nextvit {__version__}", "note"),
@@ -280,14 +307,24 @@ def write_reproduction(one: Rerun, folder: Path) -> None:
     report.write_html(one.page, TITLES[table], parts)
 
 
-def trade_off(table: str, rows: Sequence[PaperRow], found: Sequence[Latency], path: Path) -> None:
-    """A table's part of Figure 1 on this machine: a panel a setup and a kind of accuracy."""
+def _proxy_note(kinds: Iterable[Kind]) -> str:
+    """What proxies are, and what these were trained on; nothing where there are none."""
+    proxies = [kind for kind in kinds if kind.proxy]
+    places = sorted({kind.on for kind in proxies if kind.on})
+    return f"{PROXY_NOTE} Trained on {' and on '.join(places) or 'this machine'}." if proxies else ""
+
+
+def trade_off(
+    table: str, rows: Sequence[PaperRow], found: Sequence[Latency], path: Path, scores: Sequence[Score] = ()
+) -> None:
+    """A table's part of Figure 1 on this machine: a panel a setup and an accuracy, printed or measured here."""
+    accuracies = {**_printed(rows), **_scored(rows, scores)}
     panels = [
         panel
-        for row, accuracy in enumerate(ACCURACY[table])
-        for panel in _panels(rows, found, accuracy, _measured_setups(found), row)
+        for row, told in enumerate(accuracies)
+        for panel in _panels(rows, found, told, accuracies[told], _measured_setups(found), row)
     ]
-    if len(ACCURACY[table]) == 1:  # there is room below
+    if len(accuracies) == 1:  # there is room below
         panels = [replace(panel, row=n // ACROSS, column=n % ACROSS) for n, panel in enumerate(panels)]
     if panels:
         plots.trade_off(panels, OURS, _label(ANCHOR), path)
@@ -298,7 +335,8 @@ def figure1(tables: Sequence[Rerun], path: Path) -> None:
     setups = list(dict.fromkeys(setup for one in tables for setup in _measured_setups(one.found)))
     panels = []
     for number, one in enumerate(tables):
-        panels += _panels(one.rows, one.found, next(iter(ACCURACY[one.rows[0].table])), setups, number)
+        told, accuracy = next(iter(_printed(one.rows).items()))
+        panels += _panels(one.rows, one.found, told, accuracy, setups, number)
     if not panels:
         raise UserError("none of these rows has a latency, printed or measured, so there is nothing to draw.")
     plots.trade_off(panels, OURS, _label(ANCHOR), path)
@@ -308,31 +346,60 @@ def _measured_setups(found: Sequence[Latency]) -> list[Setup]:
     return list(dict.fromkeys(one.setup for one in found if one.ratio is not None))
 
 
+def _printed(rows: Sequence[PaperRow]) -> dict[str, dict[str, float]]:
+    """The paper's accuracies by their names, each by the keys of the rows."""
+    columns = ACCURACY[rows[0].table].items()
+    return {name: {row.key: row.printed[column] for row in rows if column in row.printed} for column, name in columns}
+
+
+def _scored(rows: Sequence[PaperRow], scores: Sequence[Score]) -> dict[str, dict[str, float]]:
+    """Likewise those measured here, but for proxies, which are of another trade-off."""
+    found = {}
+    for kind, title in kinds_of(rows, scores).items():
+        means = {row.key: mean_of(of_row(row, scores, kind)) for row in rows}
+        if known := {key: mean for key, mean in means.items() if mean is not None and not kind.proxy}:
+            found[title] = known
+    return found
+
+
 def _panels(
-    rows: Sequence[PaperRow], found: Sequence[Latency], column: str, setups: Sequence[Setup], place: int
+    rows: Sequence[PaperRow],
+    found: Sequence[Latency],
+    told: str,
+    accuracy: Mapping[str, float],
+    setups: Sequence[Setup],
+    place: int,
 ) -> list[plots.Panel]:
-    """The printed latencies and then the measured ones, all relative to the anchor's at the table's usual size."""
+    """The printed latencies and then the measured ones, all relative to the anchor's at the table's usual size.
+
+    told, accuracy: what rows are good by, and how good, by their keys.
+    """
     by_row = {(one.row, *one.setup): one for one in found}
     anchor = next(row for row in paper_rows(rows[0].table) if row.network == ANCHOR).printed
-    told = ACCURACY[rows[0].table][column]
-    good = [row for row in rows if column in row.printed]
+    good = [row for row in rows if row.key in accuracy]
+
+    def point(row: PaperRow, ratio: float, latency: str, *, measured: bool) -> plots.Point:
+        size = f"{row.name} at {row.image_size} pixels"
+        text = f"{size}<br>{accuracy[row.key]:.3g} {told}<br>{latency}"
+        return plots.Point(*_label_and_family(row, measured=measured), ratio, accuracy[row.key], text)
+
     panels = []
     for number, (latency, name) in enumerate(PRINTED.items()):
         points = [
-            _point(row, row.printed[latency] / anchor[latency], column, f"{row.printed[latency]:g} ms", measured=False)
+            point(row, row.printed[latency] / anchor[latency], f"{row.printed[latency]:g} ms", measured=False)
             for row in good
             if latency in row.printed
         ]
         panels.append(plots.Panel(place, number, name.replace(", ms", ""), told, tuple(points)))
     for number, setup in enumerate(setups, len(PRINTED)):
         there = [(row, by_row.get((row.key, *setup))) for row in good]
-        points = [_point(row, one.ratio, column, _told(one), measured=True) for row, one in there if one and one.ratio]
+        points = [point(row, one.ratio, _told(one), measured=True) for row, one in there if one and one.ratio]
         panels.append(plots.Panel(place, number, _named(setup), told, tuple(points)))
     return [panel for panel in panels if panel.points]
 
 
-def _point(row: PaperRow, ratio: float, column: str, latency: str, *, measured: bool) -> plots.Point:
-    size = f" at {row.image_size} pixels"
+def _label_and_family(row: PaperRow, *, measured: bool) -> tuple[str, str]:
+    """In a picture. measured: a latency of here is shown, so it is to be said what the network is."""
     usual = row.image_size == SIZES[row.table]
     label = row.name if usual else f"{row.name} {row.image_size}"
     found = FAMILY.match(row.name)
@@ -340,8 +407,7 @@ def _point(row: PaperRow, ratio: float, column: str, latency: str, *, measured: 
     family = f"{OURS} {row.image_size}" if found[0] == OURS and not usual else found[0]
     if measured and (note := note_of(row.network)):
         family, label = f"{family} (reconstruction)", f"{label}, {note}"
-    told = f"{row.name}{size}<br>{row.printed[column]:g} {ACCURACY[row.table][column]}<br>{latency}"
-    return plots.Point(label, family, ratio, row.printed[column], told)
+    return label, family
 
 
 def _label(network: str) -> str:
@@ -349,11 +415,13 @@ def _label(network: str) -> str:
 
 
 def _front(rows: Sequence[PaperRow], by_row: dict[tuple[str, str, str, int], Latency], setup: Setup) -> set[str]:
-    """Keys of the rows that no other one beats, by the table's first accuracy."""
+    """Keys of the rows that no other one beats, by the table's first accuracy; none where there is nothing to beat."""
     column = next(iter(ACCURACY[rows[0].table]))
     good = [row for row in rows if column in row.printed and not note_of(row.network)]
     there = [(row, by_row.get((row.key, *setup))) for row in good]
     pairs = [(row, one.ratio) for row, one in there if one is not None and one.ratio is not None]
+    if len(pairs) < 2:
+        return set()
     front = pareto_front([(ratio, row.printed[column]) for row, ratio in pairs])
     return {row.key for (row, _), best in zip(pairs, front, strict=True) if best}
 
@@ -384,6 +452,7 @@ def write_readme(folder: Path) -> None:
         f"[{other.parent.name}]({other.parent.name}/README.md)" for other in sorted(folder.glob("*/README.md"))
     ]:
         parts.append(f"Other machines: {', '.join(others)}.")
+    parts += [LEGEND] * any(folder.glob("*-latency.csv"))
     if (folder / "figure1.png").exists():
         parts.append("## Figure 1\n\n![accuracy against latency](figure1.png)")
     for table in sorted(TITLES):
@@ -392,19 +461,26 @@ def write_readme(folder: Path) -> None:
         if not there:
             continue
         parts.append(f"## {TITLES[table]}")
+        networks = [one["network"] + one.get("pixels", "") for one in there.get("latency") or there.get("costs") or []]
+        parts.append(f"{len(set(networks))} of {len(paper_rows(table))} rows.")
         if (folder / f"{table}-tradeoff.png").exists():
             parts.append(f"![accuracy against latency]({table}-tradeoff.png)")
         if measured := there.get("latency"):
             parts.append(_markdown(measured))
-            parts += [PROXY_NOTE] * any("a proxy" in column for column in measured[0])
-        parts += [_markdown(there[what]) for what in ("orders", "claims") if there.get(what)]
+            if any("a proxy" in column for column in measured[0]):
+                parts.append(_proxy_note(score.kind for score in read_scores(folder)))
+        for what in ("orders", "claims"):
+            if there.get(what):
+                parts += [f"### {HEADINGS[what]}", _markdown(there[what])]
         if there.get("depths"):
             hidden = ("machine", "threads")
-            parts.append(_markdown([{k: v for k, v in one.items() if k not in hidden} for one in there["depths"]]))
+            shown = [{k: v for k, v in one.items() if k not in hidden} for one in there["depths"]]
+            parts += [f"### {HEADINGS['depths']}", DEPTHS_NOTE, _markdown(shown)]
         if costs := there.get("costs"):
             printed = [one for one in costs if one["printed"] != "-"]
             odd = [{k: v for k, v in one.items() if k != "flag"} for one in printed if one["flag"] or one["why"]]
-            told = f"[Parameters and operations of all rows]({files['costs'].name})"
+            parts.append(f"### {HEADINGS['costs']}")
+            told = f"[Those of all these rows]({files['costs'].name})"
             if printed:
                 told += f"; {len(printed) - len(odd)} of {len(printed)} printed figures are within 2 % of the network's"
             parts.append(told + (", and the others are" if odd else "."))
@@ -420,6 +496,8 @@ def write_readme(folder: Path) -> None:
             if own == where[-1]
         ]
         parts.append("## fit: latency as predicted and as measured, of configurations drawn at random")
+        told = "speed is how long a network that blocks were measured from takes now / then, and error allows for it"
+        parts.append(f"{where[-1][0]}; {where[-1][1]} threads; {told}.")
         parts.append(_markdown(measured))
     write_text(folder / "README.md", "\n\n".join(parts) + "\n")
 
