@@ -104,6 +104,12 @@ def test_depths_are_kept_and_not_searched_again(known_device, tmp_path, capsys):
     assert at_depths(rows, [*known, other])[0][0].network == "table1_cccc@3,0"  # the last one that is known
 
 
+def test_a_network_that_is_its_reference_keeps_its_depth_whatever_a_file_says():
+    (row,) = [row for row in paper_rows("table7") if row.name == "NCB (ours)"]
+    told = Depth("table7_ncb@9,0", "nextvit_small", "torch", "fp32", "a machine", 1, 9, 0, 1.0, 1)
+    assert at_depths([row], [told]) == ([row], [])
+
+
 def test_rows_without_a_reference_keep_their_depth(known_device, tmp_path):
     rows = paper_rows("table8")
     assert of_equal_latency(rows, tmp_path / "d.csv", ("torch", "fp32"), threads=1) == (list(rows), [])

@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 
 from nextvit import reproduce
-from nextvit.accuracies import GIVEN, Score
+from nextvit.accuracies import GIVEN, Score, read_scores
 from nextvit.create import create_model
 from nextvit.data.images import preprocess
 from nextvit.devices import fast_precisions, processor_name
+from nextvit.equal_latency import Depth
 from nextvit.errors import ParityError, UserError
 from nextvit.exporters.parity import real_images
 from nextvit.files import write_rows
@@ -163,7 +164,7 @@ def test_attention_products_explain_a_difference_where_they_do():
 
 @pytest.mark.parametrize("table", ["table5", "table6"])
 def test_a_row_without_printed_costs_is_counted_all_the_same(table):
-    row = next(row for row in ROWS[table] if row.name == "EfficientFormer-L7")
+    row = next(row for row in ROWS[table] if row.name == "EfficientFormer-L3")
     params, flops = counts(row)
     assert (params.printed, params.counted, flops.counted) == (None, None, None)
     assert "gives no maps" in params.why
@@ -236,6 +237,15 @@ def test_norms_have_the_statistics_of_real_images():
     assert not model.training
     assert norm.momentum == 0.1
     assert float(seen[0]) == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize(("size", "images"), [(64, 19), (256, 15), (448, 8)])
+def test_statistics_are_of_fewer_images_where_they_are_larger(size, images):
+    """But of eight at least; all of them at 512 pixels would take a minute a row."""
+    model, seen = create_model("nextvit_nano", num_classes=3), []
+    model.stem.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape)))
+    reproduce._calibrate(model, size)
+    assert seen == [(images, 3, size, size)]
 
 
 def test_what_another_machine_measured_is_not_mixed_with_this_ones(measured, monkeypatch):
@@ -415,10 +425,12 @@ def test_accuracies_of_weights_have_panels_of_their_own_and_proxies_have_none(tm
         for row in rows
         for data, of in (("/mine/flowers", GIVEN), ("demo", "proxy 1"))
     ]
+    scores.append(Score(rows[0].network, "segment", "/mine/ade", GIVEN, head="fpn", percent=40.0))
     trade_off("table4", rows, found, tmp_path / "p.png", scores)
     drawn = (tmp_path / "p.svg").read_text()
     assert "<!-- top-1, %, of weights on flowers -->" in drawn
     assert "proxy" not in drawn
+    assert "mIoU" not in drawn
     assert drawn.count("<!-- latency / Next-ViT-S's -->") == 6  # printed twice and here, by either accuracy
 
 
@@ -451,10 +463,29 @@ def test_the_order_here_is_compared_with_the_printed_one():
     assert told == {"TensorRT, ms (printed)": "1.00", "CoreML, ms (printed)": "-1.00"}
 
 
-def test_a_folder_is_of_one_machine(tmp_path):
-    write_rows(tmp_path / "measured-512.csv", [asdict(latency("DeiT-T 512", 1.0))])
-    with pytest.raises(UserError, match="measured-512.csv was measured on a machine, with 1 threads, and not on"):
-        rerun("table4", ROWS["table4"][:1], tmp_path, setups=SETUP, batches=[1], threads=1, rounds=8, costs_alone=False)
+@pytest.mark.parametrize("table", ["table4", "table1"])
+@pytest.mark.parametrize(
+    ("name", "record"),
+    [
+        ("measured-512.csv", latency("DeiT-T 512", 1.0)),
+        ("table2-depths.csv", Depth("table2_n1@5,0", "nextvit_small", "onnx", "fp32", "a machine", 1, 5, 0, 1.0, 1)),
+    ],
+)
+def test_a_folder_is_of_one_machine(name, record, table, tmp_path):
+    """Told before anything is searched or measured."""
+    write_rows(tmp_path / name, [asdict(record)])
+    how = {"setups": SETUP, "batches": [1], "threads": 1, "rounds": 8}
+    with pytest.raises(UserError, match=f"{name} was measured on a machine, with 1 threads, and not on"):
+        rerun(table, paper_rows(table)[:1], tmp_path, **how, costs_alone=False)
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def test_records_of_an_earlier_version_lack_columns_and_are_read(tmp_path):
+    record = asdict(Score("table8_r050", "classify", "demo", "proxy 1", percent=70.0))
+    del record["on"]
+    write_rows(tmp_path / "accuracies.csv", [record])
+    (score,) = read_scores(tmp_path)
+    assert (score.percent, score.on) == (70.0, "")
 
 
 def test_a_part_of_a_table_leaves_the_rest_of_its_page(tmp_path):

@@ -11,12 +11,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from nextvit.checkpoints import BEST, LAST, PREVIOUS, WEIGHTS, owned
 from nextvit.create import open_checkpoint
 from nextvit.data.scenes import scenes_folder
 from nextvit.data.sets import TASKS, default_eval_split, read_split, split_names, task_of
 from nextvit.data.shards import are_urls
-from nextvit.devices import device_name, pick_device, pick_precision
+from nextvit.devices import pick_device, pick_precision
 from nextvit.errors import DiskFull, Interrupted, UserError
 from nextvit.evaluate import AnyEvaluation, prepared_for
 from nextvit.files import write_rows
@@ -89,7 +91,7 @@ class Score:
     percent: float | None = None  # top-1, mIoU or box AP
     source: str = ""  # of GIVEN: the file, or the published tag
     why: str = ""
-    on: str = ""  # the device that it was trained on, and the precision
+    on: str = ""  # of a proxy: the device that it was trained on, and the precision
 
     @property
     def kind(self) -> Kind:
@@ -118,8 +120,8 @@ class Study:
         """A score that there is not yet."""
         recipe = self.recipe(task)
         of, head = f"{Path(self.name(task)).stem} {recipe.sha256[:8]}", recipe.head or HEADS[task][0]
-        size = image_size if task == "classify" else 0
-        return Score(network, task, self.data[task], of, seed, head, size, on=trained_on())
+        size, on = image_size if task == "classify" else 0, trained_on() if self.data[task] == DEMO else ""
+        return Score(network, task, self.data[task], of, seed, head, size, on=on)
 
     def size_of(self, row: PaperRow) -> int:
         """Pixels that a row is trained at as a classifier: its own, but in proxies and before dense tasks."""
@@ -157,9 +159,10 @@ def study_of(
 
 
 def trained_on() -> str:
-    """Device and precision of trainings here, which what they come to depends on."""
+    """Device and precision of trainings here."""
     device = pick_device()
-    return f"{device_name(device)}, {pick_precision('auto', device)}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{name}, {pick_precision('auto', device)}"
 
 
 def place_of(data: str, task: str) -> str:

@@ -768,12 +768,13 @@ def reproduce(
     lines = [
         line for one in done.values() for line in (*as_table(one.lines()), f"the page, with all of it: {one.page}")
     ]
-    write_readme(output)
     side_by_side = [done[table] for table in TABLES if table in done]
-    if what in ("figure1", "all") and side_by_side:
-        figure1(side_by_side, output / "figure1.png")
-        lines.append(f"the figure: {output / 'figure1.png'}, as .svg, and to point at, {output / 'figure1.html'}")
-        write_readme(output)  # which shows it
+    try:
+        if what in ("figure1", "all") and side_by_side:
+            figure1(side_by_side, output / "figure1.png")
+            lines.append(f"the figure: {output / 'figure1.png'}, as .svg, and to point at, {output / 'figure1.html'}")
+    finally:
+        write_readme(output)
     _show({table: summary(one) for table, one in done.items()}, as_json, lines)
 
 

@@ -74,11 +74,6 @@ def cpu_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def device_name(device: torch.device) -> str:
-    """What the system calls a device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
-
-
 def processor_name() -> str:
     """What the system calls its processor, how many of its cores there are here, and what they compute in: hosts of
     virtual machines call several generations by one name, of which one may take three times as long as the other.

@@ -170,7 +170,7 @@ def of_equal_latency(
 def at_depths(rows: Sequence[PaperRow], known: Sequence[Depth]) -> tuple[list[PaperRow], list[Depth]]:
     """Rows of ablations with the last depths that are known of them, and these depths; the others as they are."""
     ablations, by_name = _ablations(rows), {depth.network.partition("@")[0]: depth for depth in known}
-    depths = {a.variant.name: by_name[a.variant.name] for a in ablations if a.variant.name in by_name}
+    depths = {a.variant.name: by_name[a.variant.name] for a in ablations if a.reference and a.variant.name in by_name}
     chosen = {name: (depth.third, depth.more) for name, depth in depths.items()}
     return [ablation_row(a, chosen.get(a.variant.name, a.depths)) for a in ablations], list(depths.values())
 

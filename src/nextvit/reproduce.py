@@ -59,9 +59,10 @@ SETUPS = (  # runtime and precision, in the order in which they are measured
 R = TypeVar("R", bound="DataclassInstance")
 ROUNDS = 12  # of 8, the fewest that there can be, an interval of 99 % is all that was measured
 SIMILAR = 1.1  # times, that latencies called similar may be apart, and a ratio may be below the printed one
-FEWEST_IMAGES = 8  # that BatchNorm's statistics come from: ResNeSt has norms that see one value an image
+FEWEST_IMAGES = 8  # for BatchNorm's statistics: ResNeSt has norms that see one value an image
 DRAWS = 3  # of random weights, where a file does not answer as the network does
 NEAR = 0.02  # of a printed cost: what differs by more is flagged
+COSTS = ("params_m", "flops_g")
 DENSE = {  # of each table: column, task, head, what is counted, and the height and width that operations are counted at
     "table5": (("fpn", "segment", "fpn", 512, 2048), ("upernet", "segment", "upernet", 512, 2048)),
     "table6": (("", "detect", "mask_rcnn", 800, 1280),),
@@ -135,10 +136,10 @@ def counts(row: PaperRow) -> list[Count]:
     dense networks without attention products.
     """
     found: list[Count] = []
-    for prefix, task, head, height, width in DENSE.get(row.table, (("", "classify", None, row.image_size, None),)):
-        columns = [f"{prefix}_{what}".strip("_") for what in ("params_m", "flops_g")]
-        if found and not any(column in row.printed for column in columns):
-            continue  # the first head is counted whatever is printed
+    ways = DENSE.get(row.table, (("", "classify", None, row.image_size, None),))
+    printed = [way for way in ways if any(f"{way[0]}_{what}".strip("_") in row.printed for what in COSTS)]
+    for prefix, task, head, height, width in printed or ways[:1]:
+        columns = [f"{prefix}_{what}".strip("_") for what in COSTS]
         try:
             with torch.random.fork_rng():
                 network = create_model(row.network, task=task, head=head)
@@ -346,8 +347,9 @@ def _calibrate(network: Network, image_size: int) -> None:
         norm.momentum = None  # the mean of all batches, and not of the first values too
     p = network.metadata.with_image_size(image_size).preprocess
     real = real_images()
-    enough = round(len(real) * (SIZES["table4"] / image_size) ** 2)  # have as many pixels as all of them at 224
-    images = np.stack([preprocess(image, p) for image in real[-max(enough, FEWEST_IMAGES) :]])
+    enough = round(len(real) * (SIZES["table4"] / image_size) ** 2)  # as many pixels as all of them have at 224
+    shown = real[-max(enough, FEWEST_IMAGES) :]  # photographs are the last
+    images = np.stack([preprocess(image, p) for image in shown])
     network.train()
     with torch.no_grad():
         network(torch.from_numpy(images))
@@ -369,7 +371,7 @@ def read_records(file: Path, kind: type[R]) -> list[R]:
         records = list(csv.DictReader(handle))
     pydantic = need("pydantic", extra="train")
     try:
-        if any(record.keys() != {field.name for field in fields(kind)} for record in records):
+        if any(record.keys() - {field.name for field in fields(kind)} for record in records):
             raise ValueError("it has other columns")
         given = [{key: cell for key, cell in record.items() if cell} for record in records]
         found: list[R] = pydantic.TypeAdapter(list[kind]).validate_python(given)  # type: ignore[valid-type]  # at run time

@@ -30,6 +30,7 @@ from nextvit.foreign import note_of
 from nextvit.paper import ABLATION_TABLES, ACCURACY, ANCHOR, CLAIMS, EXPLAINED, SIZES, TABLES, PaperRow, paper_rows
 from nextvit.progress import track
 from nextvit.reproduce import (
+    DENSE,
     Count,
     Held,
     Latency,
@@ -58,8 +59,9 @@ PRINTED = {"tensorrt_ms": "TensorRT, ms (printed)", "coreml_ms": "CoreML, ms (pr
 LEGEND = (
     "Printed latencies are the paper's: TensorRT's on a T4 GPU for eight images at once, CoreML's on an iPhone 12 Pro "
     "Max for one. Those measured here are of the batch, one image unless the column says another; behind them is the "
-    "ratio to Next-ViT-S's, which was measured beside every network, with an interval of "
-    f"{CONFIDENCE:.0%} of its median. Of the rows that were measured, none is both faster and better than one with *."
+    f"ratio to Next-ViT-S's, which was measured beside every network, with a {100 * CONFIDENCE:.0f} % interval of its "
+    "median. Who is marked with a star is on the front: of the rows that were measured, reconstructions left out, none "
+    "is both faster and better by the first accuracy that is printed."
 )
 PROXY_NOTE = (
     "A proxy: the network was trained for a minute or two on the images that ship with the package, alike for all "
@@ -67,9 +69,12 @@ PROXY_NOTE = (
     "comes to."
 )
 DEPTHS_NOTE = (
-    "Blocks in stage 3, and in stage 2 more than the reference has, whose latency came nearest to the reference's: "
-    f"ratio is their latency / its, and within {TOLERANCE:.0%} they are taken for one; tried is how many networks were "
-    "measured."
+    "third: blocks in stage 3; more: added to the usual ones of stage 2; ratio: latency / the reference's, and within "
+    f"{100 * TOLERANCE:.0f} % the two are taken for one; tried: networks that were measured."
+)
+CLAIMS_NOTE = (
+    "The text's own figures often differ from its tables, and by times faster it mostly means the ratio less 1: twice "
+    "as long is 1x faster."
 )
 FIGURE5_NOTE = (
     "By `nextvit explain`. These networks were trained for minutes on the garments that ship with the package, at 96 "
@@ -222,6 +227,8 @@ def rerun(
     folder of weights, that they are evaluated with. What comes back has these rows, and all others of the table that
     the folder has something of.
     """
+    if not costs_alone:
+        _insist_on_one_machine(folder, threads or cpu_count())
     shown: Sequence[PaperRow] = paper_rows(table)
     depths: list[Depth] = []
     if table in ABLATION_TABLES:
@@ -232,10 +239,6 @@ def rerun(
         known = sorted(read_records(file, Depth), key=lambda one: (one.runtime, one.precision) == setup)
         rows, _ = at_depths(rows, known)
         shown, depths = at_depths(shown, known)
-    if not costs_alone:  # a folder is of one machine
-        for file in folder.glob("measured-*.csv"):
-            known_there = [(one.machine, one.threads) for one in read_latencies(file)]
-            insist_on_machine(file, known_there, threads or cpu_count())
     place = folder / f"measured-{table if table in ABLATION_TABLES else SIZES[table]}.csv"  # 5 and 6 share theirs
     if not costs_alone:
         measure(rows, place, setups=setups, batches=batches, threads=threads, rounds=rounds)
@@ -251,6 +254,14 @@ def rerun(
     one = Rerun(table, shown, counted, found, scores, depths, folder / f"{table}.html")
     write_reproduction(one, folder)
     return one
+
+
+def _insist_on_one_machine(folder: Path, threads: int) -> None:
+    """That what is measured now can stand beside all that a folder has."""
+    for pattern, kind in (("measured-*.csv", Latency), ("*-depths.csv", Depth)):
+        for file in sorted(folder.glob(pattern)):
+            known: Sequence[Latency | Depth] = read_records(file, kind)
+            insist_on_machine(file, [(one.machine, one.threads) for one in known], threads)
 
 
 def _counted(table: str, folder: Path) -> set[str]:
@@ -297,7 +308,7 @@ def write_reproduction(one: Rerun, folder: Path) -> None:
     if orders:
         parts += [report.heading(HEADINGS["orders"]), report.html_table(orders)]
     if claims:
-        parts += [report.heading(HEADINGS["claims"]), report.html_table(claims)]
+        parts += [report.heading(HEADINGS["claims"]), report.paragraph(CLAIMS_NOTE, "note"), report.html_table(claims)]
     parts += [
         report.heading(HEADINGS["costs"]),
         report.paragraph(f"{len(flagged)} of {len(costs)} figures differ by more than 2 %, or cannot be counted."),
@@ -311,7 +322,7 @@ def _proxy_note(kinds: Iterable[Kind]) -> str:
     """What proxies are, and what these were trained on; nothing where there are none."""
     proxies = [kind for kind in kinds if kind.proxy]
     places = sorted({kind.on for kind in proxies if kind.on})
-    return f"{PROXY_NOTE} Trained on {' and on '.join(places) or 'this machine'}." if proxies else ""
+    return PROXY_NOTE + f" Trained on {' and on '.join(places)}." * bool(places) if proxies else ""
 
 
 def trade_off(
@@ -353,9 +364,10 @@ def _printed(rows: Sequence[PaperRow]) -> dict[str, dict[str, float]]:
 
 
 def _scored(rows: Sequence[PaperRow], scores: Sequence[Score]) -> dict[str, dict[str, float]]:
-    """Likewise those measured here, but for proxies, which are of another trade-off."""
+    """Likewise those measured here in the table's own task, but for proxies, which are of another trade-off."""
     found = {}
-    for kind, title in kinds_of(rows, scores).items():
+    own = DENSE[rows[0].table][0][1] if rows[0].table in DENSE else "classify"
+    for kind, title in kinds_of(rows, [score for score in scores if score.task == own]).items():
         means = {row.key: mean_of(of_row(row, scores, kind)) for row in rows}
         if known := {key: mean for key, mean in means.items() if mean is not None and not kind.proxy}:
             found[title] = known
@@ -452,7 +464,7 @@ def write_readme(folder: Path) -> None:
         f"[{other.parent.name}]({other.parent.name}/README.md)" for other in sorted(folder.glob("*/README.md"))
     ]:
         parts.append(f"Other machines: {', '.join(others)}.")
-    parts += [LEGEND] * any(folder.glob("*-latency.csv"))
+    parts += [LEGEND] * any(folder.glob("measured-*.csv"))
     if (folder / "figure1.png").exists():
         parts.append("## Figure 1\n\n![accuracy against latency](figure1.png)")
     for table in sorted(TITLES):
@@ -462,16 +474,16 @@ def write_readme(folder: Path) -> None:
             continue
         parts.append(f"## {TITLES[table]}")
         networks = [one["network"] + one.get("pixels", "") for one in there.get("latency") or there.get("costs") or []]
-        parts.append(f"{len(set(networks))} of {len(paper_rows(table))} rows.")
+        parts += [f"{len(set(networks))} of {len(paper_rows(table))} rows."] * bool(networks)
         if (folder / f"{table}-tradeoff.png").exists():
             parts.append(f"![accuracy against latency]({table}-tradeoff.png)")
         if measured := there.get("latency"):
             parts.append(_markdown(measured))
             if any("a proxy" in column for column in measured[0]):
-                parts.append(_proxy_note(score.kind for score in read_scores(folder)))
+                parts.append(_proxy_note(score.kind for score in read_scores(folder) if score.percent is not None))
         for what in ("orders", "claims"):
             if there.get(what):
-                parts += [f"### {HEADINGS[what]}", _markdown(there[what])]
+                parts += [f"### {HEADINGS[what]}", *[CLAIMS_NOTE] * (what == "claims"), _markdown(there[what])]
         if there.get("depths"):
             hidden = ("machine", "threads")
             shown = [{k: v for k, v in one.items() if k not in hidden} for one in there["depths"]]

@@ -125,7 +125,7 @@ class Claim:
     faster: str  # keys of rows
     slower: str
     similar: bool = False  # they are said to take about the same
-    text: str = ""  # what the text says, where it gives a figure; "faster" mostly means the ratio less 1
+    text: str = ""  # what the text says, where it gives a figure
 
 
 CLAIMS = (  # of the paper's text; how much faster is in its tables
