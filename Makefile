@@ -41,7 +41,7 @@ results: .venv/installed
 	for model in timm:resnet50 timm:swin_tiny_patch4_window7_224 nextvit_small; do \
 		run=$(RESULTS)/runs/figure5-$${model#*:}; test -f $$run/model.safetensors || { rm -rf $$run; \
 			$(BIN)/nextvit train demo --model $$model --recipe proxy --set images.size=96 \
-			--set schedule.steps_per_epoch=300 --set drop_path=null --output $$run; } || exit 1; \
+			--set schedule.steps_per_epoch=150 --set drop_path=null --output $$run; } || exit 1; \
 	done
 	$(BIN)/nextvit explain $(RESULTS)/runs/figure5-nextvit_small/model.safetensors src/nextvit/data/demo/backgrounds/val \
 		--beside $(RESULTS)/runs/figure5-resnet50/model.safetensors \

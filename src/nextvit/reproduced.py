@@ -474,7 +474,10 @@ def write_readme(folder: Path) -> None:
             continue
         parts.append(f"## {TITLES[table]}")
         networks = [one["network"] + one.get("pixels", "") for one in there.get("latency") or there.get("costs") or []]
-        parts += [f"{len(set(networks))} of {len(paper_rows(table))} rows."] * bool(networks)
+        told = "".join(
+            f"; {count} with a latency on {name}" for name, count in _how_many(there.get("latency", [])).items()
+        )
+        parts += [f"{len(set(networks))} of {len(paper_rows(table))} rows{told}."] * bool(networks)
         if (folder / f"{table}-tradeoff.png").exists():
             parts.append(f"![accuracy against latency]({table}-tradeoff.png)")
         if measured := there.get("latency"):
@@ -512,6 +515,13 @@ def write_readme(folder: Path) -> None:
         parts.append(f"{where[-1][0]}; {where[-1][1]} threads; {told}.")
         parts.append(_markdown(measured))
     write_text(folder / "README.md", "\n\n".join(parts) + "\n")
+
+
+def _how_many(lines: Sequence[Mapping[str, str]]) -> dict[str, int]:
+    """Of each runtime, precision and batch the rows of a table that were measured; these columns are the last ones."""
+    columns = list(lines[0]) if lines else []
+    setups = columns[columns.index(list(PRINTED.values())[-1]) + 1 :] if columns else []
+    return {setup: sum(" ms, " in line[setup] for line in lines) for setup in setups}
 
 
 def _records(file: Path) -> list[dict[str, str]]:
