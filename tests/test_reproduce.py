@@ -557,6 +557,7 @@ def test_the_folder_tells_in_markdown_what_it_has(figure):
     text = (figure / "README.md").read_text()
     assert "a machine; 1 threads." in text
     assert text.index("figure1.png") < text.index("## Table 4") < text.index("## Table 6")
+    assert "4 of 33 rows; latencies on onnx fp32 of 4." in text
     assert "| TRT-ViT-C (a reconstruction, fitted to the printed totals) | 224 |" in text
     assert "| Next-ViT-S | 512 | nextvit_small | fpn_params_m |" not in text  # pixels are Table 4's alone
     for link in re.findall(r"\]\((.*?)\)", text):
