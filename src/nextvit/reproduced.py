@@ -474,10 +474,9 @@ def write_readme(folder: Path) -> None:
             continue
         parts.append(f"## {TITLES[table]}")
         networks = [one["network"] + one.get("pixels", "") for one in there.get("latency") or there.get("costs") or []]
-        latencies = ", ".join(f"{name} of {count}" for name, count in _how_many(there.get("latency", [])).items())
-        told = f"{len(set(networks))} of {len(paper_rows(table))} rows" + f"; latencies on {latencies}" * bool(
-            latencies
-        )
+        told = f"{len(set(networks))} of {len(paper_rows(table))} rows"
+        if on := _how_many(there.get("latency", [])):
+            told += "; latencies on " + ", ".join(f"{name} of {count}" for name, count in on.items())
         parts += [f"{told}."] * bool(networks)
         if (folder / f"{table}-tradeoff.png").exists():
             parts.append(f"![accuracy against latency]({table}-tradeoff.png)")
