@@ -16,6 +16,7 @@ from nextvit.backbone import EMHSA
 from nextvit.data.images import normalise
 from nextvit.errors import UserError
 from nextvit.explain import heat, log_amplitude, points_of, received, spectra, tapped
+from nextvit.explained import titles
 from nextvit.metadata import Metadata
 from nextvit.weights import save_weights
 from tests.conftest import nextvit_here
@@ -327,7 +328,7 @@ def test_the_verb_leaves_pictures_and_a_page(classifier, tmp_path):
     assert page.count("<img") == 3
     with open(tmp_path / "out" / "spectra.csv", newline="") as handle:
         rows = list(csv.DictReader(handle))
-    assert {row["network"] for row in rows} == {str(tmp_path / "m.safetensors"), "timm:resnet10t"}
+    assert {row["network"] for row in rows} == {"nextvit_nano", "timm:resnet10t"}
     assert float(rows[0]["relative_log_amplitude"]) == 0
 
 
@@ -369,3 +370,17 @@ def test_what_cannot_be_explained_is_told(arguments, told, tmp_path, monkeypatch
     assert done.returncode == 2
     assert told in done.stderr
     assert not (tmp_path / "explained").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "variants", "called"),
+    [
+        (["/a/b/run/m.safetensors", "timm:resnet18"], ["nextvit_nano", "timm:resnet18"],
+         ["nextvit_nano", "timm:resnet18"]),
+        (["/a/one/m.pth", "/a/two/m.pth"], ["nextvit_nano"] * 2, ["nextvit_nano, one/m.pth", "nextvit_nano, two/m.pth"]),
+        (["/a/one/m.pth", "nextvit_nano"], ["nextvit_nano"] * 2, ["nextvit_nano, one/m.pth", "nextvit_nano"]),
+        (["/a/one/m.pth", "/b/one/m.pth"], ["nextvit_nano"] * 2, ["/a/one/m.pth", "/b/one/m.pth"]),
+    ],
+)  # fmt: skip
+def test_networks_are_called_by_what_tells_them_apart(names, variants, called):
+    assert titles(names, variants) == called

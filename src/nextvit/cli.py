@@ -841,7 +841,7 @@ def explain(
     from nextvit.data.images import ImageRejected, printable, read_image
     from nextvit.data.sources import expand
     from nextvit.explain import NotFound, heat, spectra
-    from nextvit.explained import write_explained
+    from nextvit.explained import titles, write_explained
     from nextvit.progress import track
     from nextvit.runtime.open import open_network
 
@@ -864,7 +864,8 @@ def explain(
     if not read:
         raise UserError(f"none of {len(files)} images can be explained: {bad[0]}")
     found = [spectra(network, [image for _, image in read]) for network in networks]
-    page = write_explained(names, [str(file) for file, _ in read], heats, found, output)
+    called = titles(names, [network.metadata.variant for network in networks])
+    page = write_explained(called, [str(file) for file, _ in read], heats, found, output)
     answers = {str(file): [one.answer for one in row] for (file, _), row in zip(read, heats, strict=True)}
     lines = [f"{printable(file)}: {'; '.join(row)}" for file, row in answers.items()]
     lines += [f"left out: {why}" for why in bad]

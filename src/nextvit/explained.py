@@ -14,6 +14,15 @@ from nextvit.files import replacing, write_rows
 SHOWN = 320  # pixels of the longer side of a picture
 
 
+def titles(names: Sequence[str], variants: Sequence[str]) -> list[str]:
+    """What networks are called in pictures: their variants; where two are of one, the end of the MODEL with it."""
+    ends = [
+        variant if name == variant else f"{variant}, {'/'.join(Path(name).parts[-2:])}"
+        for name, variant in zip(names, variants, strict=True)
+    ]
+    return next((list(some) for some in (variants, ends) if len(set(some)) == len(names)), list(names))
+
+
 def write_explained(
     names: Sequence[str],
     images: Sequence[str],
