@@ -377,7 +377,7 @@ def test_what_cannot_be_explained_is_told(arguments, told, tmp_path, monkeypatch
     [
         (["/a/b/run/m.safetensors", "timm:resnet18"], ["nextvit_nano", "timm:resnet18"],
          ["nextvit_nano", "timm:resnet18"]),
-        (["/a/one/m.pth", "/a/two/m.pth"], ["nextvit_nano"] * 2, ["nextvit_nano, one/m.pth", "nextvit_nano, two/m.pth"]),
+        (["/a/1/m.pth", "/a/2/m.pth"], ["nextvit_nano"] * 2, ["nextvit_nano, 1/m.pth", "nextvit_nano, 2/m.pth"]),
         (["/a/one/m.pth", "nextvit_nano"], ["nextvit_nano"] * 2, ["nextvit_nano, one/m.pth", "nextvit_nano"]),
         (["/a/one/m.pth", "/b/one/m.pth"], ["nextvit_nano"] * 2, ["/a/one/m.pth", "/b/one/m.pth"]),
     ],
