@@ -241,7 +241,7 @@ def test_norms_have_the_statistics_of_real_images():
 
 @pytest.mark.parametrize(("size", "images"), [(64, 19), (256, 15), (448, 8)])
 def test_statistics_are_of_fewer_images_where_they_are_larger(size, images):
-    """But of eight at least; all of them at 512 pixels would take a minute a row."""
+    """But of eight at least."""
     model, seen = create_model("nextvit_nano", num_classes=3), []
     model.stem.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape)))
     reproduce._calibrate(model, size)
@@ -426,7 +426,7 @@ def test_accuracies_of_weights_have_panels_of_their_own_and_proxies_have_none(tm
         for data, of in (("/mine/flowers", GIVEN), ("demo", "proxy 1"))
     ]
     scores.append(Score(rows[0].network, "segment", "/mine/ade", GIVEN, head="fpn", percent=40.0))
-    trade_off("table4", rows, found, tmp_path / "p.png", scores)
+    trade_off(rows, found, scores, tmp_path / "p.png")
     drawn = (tmp_path / "p.svg").read_text()
     assert "<!-- top-1, %, of weights on flowers -->" in drawn
     assert "proxy" not in drawn

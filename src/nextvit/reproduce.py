@@ -62,7 +62,6 @@ SIMILAR = 1.1  # times, that latencies called similar may be apart, and a ratio 
 FEWEST_IMAGES = 8  # for BatchNorm's statistics: ResNeSt has norms that see one value an image
 DRAWS = 3  # of random weights, where a file does not answer as the network does
 NEAR = 0.02  # of a printed cost: what differs by more is flagged
-COSTS = ("params_m", "flops_g")
 DENSE = {  # of each table: column, task, head, what is counted, and the height and width that operations are counted at
     "table5": (("fpn", "segment", "fpn", 512, 2048), ("upernet", "segment", "upernet", 512, 2048)),
     "table6": (("", "detect", "mask_rcnn", 800, 1280),),
@@ -137,9 +136,9 @@ def counts(row: PaperRow) -> list[Count]:
     """
     found: list[Count] = []
     ways = DENSE.get(row.table, (("", "classify", None, row.image_size, None),))
-    printed = [way for way in ways if any(f"{way[0]}_{what}".strip("_") in row.printed for what in COSTS)]
+    printed = [way for way in ways if not row.printed.keys().isdisjoint(_columns(way[0]))]
     for prefix, task, head, height, width in printed or ways[:1]:
-        columns = [f"{prefix}_{what}".strip("_") for what in COSTS]
+        columns = _columns(prefix)
         try:
             with torch.device("meta"):  # nothing is drawn, which takes longer than the count
                 network = create_model(row.network, task=task, head=head)
@@ -156,6 +155,10 @@ def counts(row: PaperRow) -> list[Count]:
         for column, value, all_of_it in zip(columns, values, (None, attention), strict=True):
             found.append(Count(column, row.printed.get(column), round(value, 2), with_attention=all_of_it))
     return found
+
+
+def _columns(prefix: str) -> list[str]:
+    return [f"{prefix}_{what}".strip("_") for what in ("params_m", "flops_g")]
 
 
 # ---- latencies -------------------------------------------------------------------------------------------------------

@@ -282,15 +282,14 @@ def write_reproduction(one: Rerun, folder: Path) -> None:
         report.paragraph(
             f"{len(rows)} of {len(paper_rows(table))} rows; {where}; {datetime.date.today().isoformat()}. "
             f"Accuracies are the paper's{', but for those of columns that say otherwise' * bool(kinds)}."
-            + f" {LEGEND}"
-            * bool(found)
-        )
+        ),
+        *[report.paragraph(LEGEND)] * bool(found),
     ]
     if lines := measured_rows(one):
         write_rows(folder / f"{table}-latency.csv", lines)
         if table in TABLES and found:
             picture = folder / f"{table}-tradeoff.png"
-            trade_off(table, rows, found, picture, one.scores)
+            trade_off(rows, found, one.scores, picture)
             parts += [report.picture(picture, "accuracy against latency")] if picture.exists() else []
         parts.append(report.html_table(lines))
     if note := _proxy_note(kinds):
@@ -325,9 +324,7 @@ def _proxy_note(kinds: Iterable[Kind]) -> str:
     return PROXY_NOTE + f" Trained on {' and on '.join(places)}." * bool(places) if proxies else ""
 
 
-def trade_off(
-    table: str, rows: Sequence[PaperRow], found: Sequence[Latency], path: Path, scores: Sequence[Score] = ()
-) -> None:
+def trade_off(rows: Sequence[PaperRow], found: Sequence[Latency], scores: Sequence[Score], path: Path) -> None:
     """A table's part of Figure 1 on this machine: a panel a setup and an accuracy, printed or measured here."""
     accuracies = {**_printed(rows), **_scored(rows, scores)}
     panels = [
@@ -365,12 +362,12 @@ def _printed(rows: Sequence[PaperRow]) -> dict[str, dict[str, float]]:
 
 def _scored(rows: Sequence[PaperRow], scores: Sequence[Score]) -> dict[str, dict[str, float]]:
     """Likewise those measured here in the table's own task, but for proxies, which are of another trade-off."""
-    found = {}
     own = DENSE[rows[0].table][0][1] if rows[0].table in DENSE else "classify"
-    for kind, title in kinds_of(rows, [score for score in scores if score.task == own]).items():
-        means = {row.key: mean_of(of_row(row, scores, kind)) for row in rows}
-        if known := {key: mean for key, mean in means.items() if mean is not None and not kind.proxy}:
-            found[title] = known
+    real = [score for score in scores if score.task == own and not score.kind.proxy and score.percent is not None]
+    found = {}
+    for kind, title in kinds_of(rows, real).items():
+        means = {row.key: mean_of(of_row(row, real, kind)) for row in rows}
+        found[title] = {key: mean for key, mean in means.items() if mean is not None}
     return found
 
 

@@ -336,7 +336,7 @@ def _reaching(place: str | Path, hint: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:
+    except Exception as error:  # every file system has errors of its own
         raise UserError(f"{printable(str(place))} cannot be reached ({_why(error)}); {hint}.") from error
 
 
