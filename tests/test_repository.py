@@ -42,7 +42,7 @@ ROOMS = [  # the order of docs/architecture.md: a module imports what stands bef
     ["reproduce"],
     ["equal_latency", "fit", "accuracies"],
     ["describe", "results", "plots", "explain"],
-    ["report"],
+    ["report", "tradeoff"],
     ["reproduced", "explained"],
     ["demo"],
     ["demo_segment", "demo_detect"],

@@ -19,7 +19,7 @@ from nextvit.create import create_model
 from nextvit.data.images import preprocess
 from nextvit.devices import fast_precisions, processor_name
 from nextvit.equal_latency import Depth
-from nextvit.errors import ParityError, UserError
+from nextvit.errors import DiskFull, ParityError, UserError
 from nextvit.exporters.parity import real_images
 from nextvit.files import write_rows
 from nextvit.foreign import preprocess_of
@@ -37,17 +37,15 @@ from nextvit.reproduce import (
     read_latencies,
 )
 from nextvit.reproduced import (
-    _measured_setups,
-    _panels,
     count_rows,
     latency_rows,
     order_rows,
     rerun,
-    trade_off,
     write_readme,
 )
 from nextvit.runtime import onnxruntime_session
 from nextvit.runtime.onnxruntime_session import PROVIDERS, starts
+from nextvit.tradeoff import _measured_setups, _panels, trade_off
 from tests.conftest import REPOSITORY, nextvit_here
 
 ROWS = {table: paper_rows(table) for table in TABLES}
@@ -378,6 +376,8 @@ def test_latencies_that_are_called_similar_are_within_a_tenth(ratio, verdict):
     rows = [row for row in ROWS["table4"] if row.key in (claim.faster, claim.slower)]
     (one,) = held([claim], rows, [latency(claim.faster, 1.0), latency(claim.slower, ratio)])
     assert one.verdict == verdict
+    (wide,) = held([claim], rows, [latency(claim.faster, 1.0), latency(claim.slower, ratio, width=0.5)])
+    assert wide.verdict == "within the error"
 
 
 @pytest.mark.parametrize(
@@ -490,14 +490,57 @@ def test_records_of_an_earlier_version_lack_columns_and_are_read(tmp_path):
 
 def test_a_part_of_a_table_leaves_the_rest_of_its_page(tmp_path):
     measured = [latency("DeiT-T 224", 1.0), latency("ResNet101 224", 1.3), latency("Next-ViT-S 224", 1.0)]
+    days = "2026-11-24", "2026-11-24", "2026-11-23"
+    measured = [replace(one, day=day) for one, day in zip(measured, days, strict=True)]
+    measured.append(replace(latency("Swin-T 224", None), day="2026-11-26"))  # it failed: nothing is of that day
     write_rows(tmp_path / "measured-224.csv", [asdict(one) for one in measured])
     asked = [row for row in ROWS["table4"] if row.name == "PoolFormer-S24"]
     one = rerun(
         "table4", asked, tmp_path, setups=SETUP, batches=[1], threads=1, rounds=8, costs_alone=True
     )  # fmt: skip
-    assert {row.name for row in one.rows} == {"DeiT-T", "ResNet101", "Next-ViT-S", "PoolFormer-S24"}
+    assert {row.name for row in one.rows} == {"DeiT-T", "ResNet101", "Next-ViT-S", "Swin-T", "PoolFormer-S24"}
     page = one.page.read_text()
     assert all(row.name in page for row in one.rows)
+    assert "a machine; 1 threads; measured 2026-11-23 to 2026-11-24." in page
+    write_rows(tmp_path / "measured-224.csv", [asdict(replace(one, day=one.row[:1] > "N" and one.day or ""))
+                                               for one in measured])  # fmt: skip
+    write_readme(tmp_path)
+    assert "a machine; 1 threads." in (tmp_path / "README.md").read_text()  # of an earlier version, without days
+
+
+def test_what_is_gone_is_not_shown(tmp_path):
+    write_rows(tmp_path / "measured-224.csv", [asdict(latency("DeiT-T 224", 1.0))])
+    asked = [row for row in ROWS["table4"] if row.name == "DeiT-T"]
+    how = {"setups": SETUP, "batches": [1], "threads": 1, "rounds": 8, "costs_alone": True}
+    rerun("table4", asked, tmp_path, **how)
+    drawn = {"table4-latency.csv", "table4-tradeoff.png", "table4-tradeoff.svg", "table4-tradeoff.html"}
+    assert drawn <= {path.name for path in tmp_path.iterdir()}
+    (tmp_path / "measured-224.csv").unlink()
+    one = rerun("table4", asked, tmp_path, **how)
+    assert not drawn & {path.name for path in tmp_path.iterdir()}
+    assert "data:image" not in one.page.read_text()
+
+
+def test_a_full_disk_ends_the_run_and_is_no_fault_of_a_row(tmp_path, monkeypatch):
+    def full(*arguments, **more):
+        raise DiskFull("cannot write: no space")
+
+    monkeypatch.setattr(reproduce, "benchmark", full)
+    with pytest.raises(DiskFull):
+        measure(TINY[2:], tmp_path / "measured-64.csv", setups=SETUP, threads=1, rounds=8)
+    assert not (tmp_path / "measured-64.csv").exists()
+
+
+def test_what_cannot_be_written_here_is_not_measured(monkeypatch):
+    honest = reproduce.installed
+    assert ("openvino", "int8") in chosen_setups()
+    monkeypatch.setattr(reproduce, "installed", lambda module: module not in ("nncf", "onnxscript") and honest(module))
+    assert {runtime for runtime, _ in chosen_setups()} & {"onnx", "openvino"} == set()
+    with pytest.raises(UserError, match="openvino needs onnxscript; leave it out"):
+        chosen_setups(["openvino"])
+    monkeypatch.setattr(reproduce, "installed", lambda module: module != "nncf" and honest(module))
+    assert ("openvino", "fp32") in chosen_setups()
+    assert ("openvino", "int8") not in chosen_setups()
 
 
 # ---- the verb --------------------------------------------------------------------------------------------------------
@@ -520,6 +563,8 @@ def test_the_verb_leaves_a_page_tables_and_the_plot(tmp_path):
         "table4-latency.csv",
     }
     page = (tmp_path / "table4.html").read_text()
+    days = {one["day"] for one in shown["table4"]["latencies"]}
+    assert f"1 threads; measured {min(days)}." in (tmp_path / "README.md").read_text()
     assert "DeiT-T" in page
     assert "the distilled network" in page
     with open(tmp_path / "table4-latency.csv", newline="") as handle:

@@ -49,6 +49,7 @@ RecipeName = Annotated[str, typer.Option(help=f"{RECIPES}.")]
 Task = Annotated[str | None, typer.Option(help="classify, segment or detect; left out: the recipe's own.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; left out: the runtime's own choice.")]
+AllThreads = Annotated[int | None, typer.Option(min=1, help="CPU threads; left out: one a core.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
 ImageSize = Annotated[int | None, typer.Option(min=32, help="Side of the input in pixels; left out: the model's own.")]
 Precision = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16, where the device computes in it; else fp32.")]
@@ -717,7 +718,7 @@ def reproduce(
     ] = None,
     batch_size: Annotated[str, typer.Option(help="Images a call; several, as in 1,8, make a column each.")] = "1",
     rounds: Annotated[int, typer.Option(min=8, help="Interleaved rounds of a row and its anchor.")] = 12,
-    threads: Threads = None,
+    threads: AllThreads = None,
     output: Annotated[
         Path, typer.Option(help="A folder; what it holds from an earlier run is not measured again.")
     ] = Path("reproduced"),
@@ -728,12 +729,14 @@ def reproduce(
     from nextvit.extras import need
 
     need("pydantic", extra="train")  # what is imported next reads recipes and records with it
+    need("plotly", extra="plots")  # before what takes hours
     from nextvit.accuracies import place_of, study_of
     from nextvit.data.sets import task_of
     from nextvit.describe import table as as_table
     from nextvit.paper import ABLATION_TABLES, TABLES, paper_rows
     from nextvit.reproduce import chosen_setups
-    from nextvit.reproduced import figure1, rerun, summary, write_readme
+    from nextvit.reproduced import rerun, summary, write_readme
+    from nextvit.tradeoff import figure1
 
     known = sorted((*TABLES, *ABLATION_TABLES))
     if what not in (*known, "figure1", "all"):
@@ -768,11 +771,15 @@ def reproduce(
     lines = [
         line for one in done.values() for line in (*as_table(one.lines()), f"the page, with all of it: {one.page}")
     ]
-    side_by_side = [done[table] for table in TABLES if table in done]
+    side_by_side = [(done[table].rows, done[table].found) for table in TABLES if table in done]
     try:
         if what in ("figure1", "all") and side_by_side:
             figure1(side_by_side, output / "figure1.png")
             lines.append(f"the figure: {output / 'figure1.png'}, as .svg, and to point at, {output / 'figure1.html'}")
+    except UserError as error:
+        if what == "figure1":
+            raise
+        lines.append(f"no figure: {error}")
     finally:
         write_readme(output)
     _show({table: summary(one) for table, one in done.items()}, as_json, lines)
@@ -785,9 +792,9 @@ def fit(
     precision: Annotated[str, typer.Option(help="Of fp32, fp16, bf16, int8 one that the runtime has.")] = "fp32",
     sizes: Annotated[str | None, typer.Option(help="Pixels a side to choose from, as in 160,224.")] = None,
     frames: Annotated[str | None, typer.Option(help="Variants whose widths to choose from, with commas.")] = None,
-    mix: Annotated[float, typer.Option(help="r, the share of E-MHSA in an NTB.")] = 0.75,
+    mix: Annotated[float, typer.Option(min=0, max=1, help="r, the share of E-MHSA in an NTB.")] = 0.75,
     rounds: Annotated[int, typer.Option(min=8, help="Interleaved rounds of each measurement.")] = 12,
-    threads: Threads = None,
+    threads: AllThreads = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -812,7 +819,8 @@ def fit(
     lines = table([fitted_row(one) for one in fitted])
     if kept is None:
         lines.append(
-            f"none keeps {wanted:g} ms when it is measured; allow more, or ask again for less: {wanted * 0.95:.3g}ms"
+            f"none keeps {wanted:g} ms when it is measured; allow more, or ask again for less: "
+            f"{round(wanted * 0.95, 3):g}ms"
         )
     else:
         c = kept.candidate
@@ -860,13 +868,16 @@ def explain(
             bad.append(f"{printable(file)}: {error}")
         else:
             heats.append(row)
-            read.append((file, image))
+            read.append(file)
     if not read:
         raise UserError(f"none of {len(files)} images can be explained: {bad[0]}")
-    found = [spectra(network, [image for _, image in read]) for network in networks]
+    found = []
+    for network, name in zip(networks, names, strict=True):  # read again: whole images of a folder need not fit
+        again = track(map(read_image, read), total=len(read), label=f"frequencies of {name}", unit="images")
+        found.append(spectra(network, again))
     called = titles(names, [network.metadata.variant for network in networks])
-    page = write_explained(called, [str(file) for file, _ in read], heats, found, output)
-    answers = {str(file): [one.answer for one in row] for (file, _), row in zip(read, heats, strict=True)}
+    page = write_explained(called, [str(file) for file in read], heats, found, output)
+    answers = {str(file): [one.answer for one in row] for file, row in zip(read, heats, strict=True)}
     lines = [f"{printable(file)}: {'; '.join(row)}" for file, row in answers.items()]
     lines += [f"left out: {why}" for why in bad]
     _show({"answers": answers, "left_out": bad, "page": str(page)}, as_json, [*lines, f"the page: {page}"])

@@ -10,10 +10,11 @@ from nextvit.ablations import ABLATIONS, MOST_BLOCKS, Ablation
 from nextvit.benchmark import benchmark
 from nextvit.create import create_model
 from nextvit.devices import cpu_count
+from nextvit.errors import DiskFull
 from nextvit.files import write_rows
 from nextvit.paper import SIZES, PaperRow, ablation_row
 from nextvit.progress import say
-from nextvit.reproduce import ROUNDS, Sessions, first_line, insist_on_machine, machine, read_records
+from nextvit.reproduce import ROUNDS, Sessions, first_line, insist_on_machine, machine, read_records, today
 from nextvit.runtime.session import Session
 
 TOLERANCE = 0.03  # of the reference's latency
@@ -119,6 +120,7 @@ class Depth:
     more: int
     ratio: float  # latency / the reference's, batch 1
     tried: int
+    day: str = ""  # of the search, YYYY-MM-DD
 
     @property
     def ok(self) -> bool:
@@ -154,6 +156,8 @@ def of_equal_latency(
                     references[name] = Sessions(partial(create_model, name), size, Path(place, name), threads)
                 reference = references[name](runtime, precision)
                 found = equal_latency(partial(_ratio, opened, reference, rounds), ablation.can_have, ablation.depths)
+            except DiskFull:
+                raise
             except Exception as error:  # a runtime that cannot have it: the rest goes on
                 say(f"{base} keeps its usual depth: {first_line(error)}")
                 continue
@@ -162,7 +166,7 @@ def of_equal_latency(
                 say(f"{network}: {found.ratio:.3f} of {name}'s latency is the nearest that was found")
             ratio = round(found.ratio, 4)
             told = found.third, found.more, ratio, found.tried
-            done.append(Depth(network, name, runtime, precision, machine(), threads, *told))
+            done.append(Depth(network, name, runtime, precision, machine(), threads, *told, day=today()))
             write_rows(file, [asdict(one) for one in done])
     return at_depths(rows, [one for one in done if (one.runtime, one.precision) == setup])
 

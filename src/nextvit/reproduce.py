@@ -5,6 +5,7 @@ batch, and the ratio to the anchor is what rows are compared by: a busy hour the
 """
 
 import csv
+import datetime
 import gc
 import platform
 import re
@@ -26,8 +27,9 @@ from nextvit.cost import cost
 from nextvit.create import create_model
 from nextvit.data.images import preprocess
 from nextvit.devices import cpu_count, fast_precisions, pick_device, processor_name
-from nextvit.errors import NotHere, ParityError, UserError
+from nextvit.errors import DiskFull, NotHere, ParityError, UserError
 from nextvit.exporters.export import export
+from nextvit.exporters.openvino import INT8
 from nextvit.exporters.parity import real_images
 from nextvit.extras import installed, need, version
 from nextvit.files import write_rows
@@ -57,12 +59,14 @@ SETUPS = (  # runtime and precision, in the order in which they are measured
     ("tensorrt", "fp16"),  # in fp32 it takes TF32, ten bits of mantissa
 )
 R = TypeVar("R", bound="DataclassInstance")
+RuntimeSetup = tuple[str, str, int]  # runtime, precision, batch
 ROUNDS = 12  # of 8, the fewest that there can be, an interval of 99 % is all that was measured
 SIMILAR = 1.1  # times, that latencies called similar may be apart, and a ratio may be below the printed one
 FEWEST_IMAGES = 8  # for BatchNorm's statistics: ResNeSt has norms that see one value an image
 DRAWS = 3  # of random weights, where a file does not answer as the network does
+NOT_SURE = "within the error"  # a verdict
 NEAR = 0.02  # of a printed cost: what differs by more is flagged
-DENSE = {  # of each table: column, task, head, what is counted, and the height and width that operations are counted at
+DENSE = {  # of each table: prefix of its columns, task, head, and the height and width that operations are counted at
     "table5": (("fpn", "segment", "fpn", 512, 2048), ("upernet", "segment", "upernet", 512, 2048)),
     "table6": (("", "detect", "mask_rcnn", 800, 1280),),
 }
@@ -78,8 +82,9 @@ def chosen_setups(runtimes: Sequence[str] = (), precisions: Sequence[str] = ()) 
         if why := _not_here(runtime):
             raise UserError(f"{runtime} {why}; leave it out of the runtimes.")
     here = runtimes or [name for name in dict(SETUPS) if not _not_here(name)]
-    emulated = {"bf16"} - set(fast_precisions(pick_device("cpu")))
-    there_are = [(runtime, precision) for runtime, precision in SETUPS if runtime in here and precision not in emulated]
+    not_here = {"bf16"} - set(fast_precisions(pick_device("cpu")))  # it would be emulated
+    not_here |= {"int8"} if not installed(INT8.needs[0]) else set()
+    there_are = [(runtime, precision) for runtime, precision in SETUPS if runtime in here and precision not in not_here]
     chosen = [setup for setup in there_are if not precisions or setup[1] in precisions]
     if not chosen:
         raise UserError(
@@ -92,9 +97,10 @@ def chosen_setups(runtimes: Sequence[str] = (), precisions: Sequence[str] = ()) 
 
 def _not_here(runtime: str) -> str | None:
     """Why a runtime is not on this machine."""
-    module = {"onnx": "onnxruntime", "openvino": "openvino", "tensorrt": "onnxruntime"}.get(runtime)
-    if module and not installed(module):
-        return f"needs {module}"
+    written = {"onnx": "onnx", "openvino": "openvino", "tensorrt": "onnx"}.get(runtime)
+    for module in format_named(written).needs if written else ():
+        if not installed(module):
+            return f"needs {module}"
     if runtime == "cuda" and not torch.cuda.is_available():
         return "needs an NVIDIA GPU that torch sees"
     if runtime == "tensorrt" and not starts("tensorrt"):
@@ -146,8 +152,7 @@ def counts(row: PaperRow) -> list[Count]:
                     network = of_size(network, row.image_size)
                 counted = cost(network, height, width)
         except FAULTS as error:
-            why = str(error).strip().splitlines()[0]
-            found += [Count(column, row.printed.get(column), None, why) for column in columns]
+            found += [Count(column, row.printed.get(column), None, first_line(error)) for column in columns]
             continue
         ours = task != "classify" or not is_foreign(row.network)
         values = (counted.params / 1e6, counted.gflops_paper if ours else counted.gflops)
@@ -179,9 +184,10 @@ class Latency:
     ratio_low: float | None = None
     ratio_high: float | None = None
     why: str = ""  # it could not be measured
+    day: str = ""  # of the measurement, YYYY-MM-DD
 
     @property
-    def setup(self) -> tuple[str, str, int]:
+    def setup(self) -> RuntimeSetup:
         return self.runtime, self.precision, self.batch
 
     @property
@@ -190,6 +196,19 @@ class Latency:
         if self.ratio is None or self.ratio_low is None or self.ratio_high is None:
             raise ValueError(f"{self.row} was not measured: {self.why}")
         return self.ratio_low, self.ratio, self.ratio_high
+
+    @property
+    def told(self) -> str:
+        """For a table."""
+        if self.ratio is None:
+            return f"not measured: {self.why}"
+        low, ratio, high = self.interval
+        return f"{self.ms:.1f} ms, {ratio:.2f} ({low:.2f} to {high:.2f})"
+
+
+def setup_name(setup: RuntimeSetup) -> str:
+    runtime, precision, batch = setup
+    return f"{runtime} {precision}" + f", batch {batch}" * (batch > 1)
 
 
 def measure(
@@ -239,6 +258,10 @@ def machine() -> str:
     return f"{processor_name()}{system}; {versions}"
 
 
+def today() -> str:
+    return datetime.date.today().isoformat()
+
+
 def insist_on_machine(file: Path, there: Sequence[tuple[str, int]], threads: int) -> None:
     """That what is measured now can stand beside what a file has."""
     for name, count in there:
@@ -258,7 +281,7 @@ class Sessions:
     def __init__(self, draw: Callable[[], Network], image_size: int, stem: Path, threads: int):
         self.draw, self.image_size, self.stem, self.threads = draw, image_size, stem, threads
         self.network = self._drawn()
-        self.open: dict[tuple[str, str, int], Session] = {}
+        self.open: dict[RuntimeSetup, Session] = {}
         for old in stem.parent.glob(f"{stem.name}-*"):  # files of another network
             shutil.rmtree(old) if old.is_dir() else old.unlink()
 
@@ -305,7 +328,7 @@ class Sessions:
 
 def _measured(
     row: PaperRow,
-    setups: Sequence[tuple[str, str, int]],
+    setups: Sequence[RuntimeSetup],
     anchors: Sessions,
     stem: Path,
     threads: int,
@@ -316,22 +339,24 @@ def _measured(
         own = Sessions(lambda: of_size(draw(), row.image_size, fresh=True), row.image_size, stem, threads)
     except FAULTS as error:
         for setup in setups:
-            yield Latency(row.key, *setup, machine(), threads, why=first_line(error))
+            yield Latency(row.key, *setup, machine(), threads, why=first_line(error), day=today())
         return
     for runtime, precision, batch in setups:
         try:
             pair = [("anchor", anchors(runtime, precision, batch)), (row.key, own(runtime, precision, batch))]
             found = benchmark(pair, batches=[batch], rounds=rounds, resident=True)[1]
             yield _latency(row, runtime, precision, batch, threads, found)
+        except DiskFull:
+            raise
         except Exception as error:  # a network that one runtime cannot have: the rest goes on
             say(f"{row.name}, {runtime}, {precision}: {first_line(error)}")
-            yield Latency(row.key, runtime, precision, batch, machine(), threads, why=first_line(error))
+            yield Latency(row.key, runtime, precision, batch, machine(), threads, why=first_line(error), day=today())
 
 
 def _latency(row: PaperRow, runtime: str, precision: str, batch: int, threads: int, found: Row) -> Latency:
     ratio, low, high = (round(value, 4) for value in (found.ratio, found.ratio_low, found.ratio_high))
     ms = round(found.median_ms, 3)
-    return Latency(row.key, runtime, precision, batch, machine(), threads, ms, ratio, low, high)
+    return Latency(row.key, runtime, precision, batch, machine(), threads, ms, ratio, low, high, day=today())
 
 
 def first_line(error: Exception) -> str:
@@ -391,7 +416,7 @@ class Held:
     """A claim of the paper on one runtime: how many times as long the slower network takes."""
 
     claim: Claim
-    setup: tuple[str, str, int]  # runtime, precision, batch
+    setup: RuntimeSetup
     printed: float  # on TensorRT
     measured: float
     low: float  # of an interval of 99 % of each latency, the two at their worst
@@ -399,13 +424,13 @@ class Held:
 
     @property
     def verdict(self) -> str:
-        if self.claim.similar and self.measured > SIMILAR:
-            return "faster than that"
         if self.claim.similar:
-            return "holds" if self.measured >= 1 / SIMILAR else "not here"
+            if self.low >= 1 / SIMILAR and self.high <= SIMILAR:
+                return "holds"
+            return "faster than that" if self.low > SIMILAR else "not here" if self.high < 1 / SIMILAR else NOT_SURE
         if self.low > 1:
             return "holds" if self.measured >= self.printed / SIMILAR else "faster, by less than printed"
-        return "not here" if self.high < 1 else "within the error"
+        return "not here" if self.high < 1 else NOT_SURE
 
 
 def held(claims: Sequence[Claim], rows: Sequence[PaperRow], found: Sequence[Latency]) -> list[Held]:

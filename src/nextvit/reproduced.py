@@ -1,13 +1,11 @@
-"""What `nextvit reproduce` leaves: tables beside the printed ones, the claims, a trade-off plot, a page."""
+"""What `nextvit reproduce` leaves: tables beside the printed ones, the claims, a page."""
 
 import csv
-import datetime
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from nextvit import __version__, plots, report
+from nextvit import __version__, report
 from nextvit.accuracies import (
     AS_PRINTED,
     Kind,
@@ -24,16 +22,15 @@ from nextvit.accuracies import (
 from nextvit.benchmark import CONFIDENCE
 from nextvit.devices import cpu_count
 from nextvit.equal_latency import TOLERANCE, Depth, at_depths, of_equal_latency
-from nextvit.errors import UserError
 from nextvit.files import write_rows, write_text
 from nextvit.foreign import note_of
-from nextvit.paper import ABLATION_TABLES, ACCURACY, ANCHOR, CLAIMS, EXPLAINED, SIZES, TABLES, PaperRow, paper_rows
+from nextvit.paper import ABLATION_TABLES, ACCURACY, CLAIMS, EXPLAINED, PRINTED, SIZES, TABLES, PaperRow, paper_rows
 from nextvit.progress import track
 from nextvit.reproduce import (
-    DENSE,
     Count,
     Held,
     Latency,
+    RuntimeSetup,
     counts,
     held,
     insist_on_machine,
@@ -43,7 +40,10 @@ from nextvit.reproduce import (
     rank_correlation,
     read_latencies,
     read_records,
+    setup_name,
+    today,
 )
+from nextvit.tradeoff import trade_off
 
 TITLES = {
     "table4": "Table 4: classification on ImageNet-1K",
@@ -55,13 +55,12 @@ TITLES = {
     "table8": "Table 8: r, the share of E-MHSA in an NTB",
     "table9": "Table 9: norm and activation; its figures are lost",
 }
-PRINTED = {"tensorrt_ms": "TensorRT, ms (printed)", "coreml_ms": "CoreML, ms (printed)"}
 LEGEND = (
     "Printed latencies are the paper's: TensorRT's on a T4 GPU for eight images at once, CoreML's on an iPhone 12 Pro "
     "Max for one. Those measured here are of the batch, one image unless the column says another; behind them is the "
     f"ratio to Next-ViT-S's, which was measured beside every network, with a {100 * CONFIDENCE:.0f} % interval of its "
-    "median. Who is marked with a star is on the front: of the rows that were measured, reconstructions left out, none "
-    "is both faster and better by the first accuracy that is printed."
+    "median. Who is marked with a star is on the front, by medians: of the rows that were measured, reconstructions "
+    "left out, none is both faster and better by the first accuracy that is printed."
 )
 PROXY_NOTE = (
     "A proxy: the network was trained for a minute or two on the images that ship with the package, alike for all "
@@ -86,12 +85,8 @@ HEADINGS = {  # of what is told of a table
     "depths": "Depths that come nearest to the reference's latency",
     "costs": "Parameters (millions) and operations (10^9 multiply-adds)",
 }
-ACROSS = 4  # panels, of a table with one accuracy
 FEWEST_RANKED = 5  # rows that an order is told of
-OURS = "Next-ViT"
 EQUAL = ("table1", "table2", "table7")  # whose networks are brought to one latency
-FAMILY = re.compile(r"Next-ViT|TRT-ViT|Twins-SVT|[A-Za-z]+(?:(?<=v)2)?")  # what a network's name begins with
-Setup = tuple[str, str, int]
 
 
 def count_rows(rows: Sequence[PaperRow], counted: Sequence[Sequence[Count]]) -> list[dict[str, object]]:
@@ -138,7 +133,7 @@ def latency_rows(
         for setup in setups:
             one = by_row.get((row.key, *setup))
             star = " *" if row.key in fronts[setup] else ""
-            line[_named(setup)] = "-" if one is None else _told(one) + star
+            line[setup_name(setup)] = "-" if one is None else one.told + star
         lines.append(line)
     return lines
 
@@ -150,7 +145,7 @@ def order_rows(rows: Sequence[PaperRow], found: Sequence[Latency], scores: Seque
     if rows[0].table not in EQUAL:
         for setup in dict.fromkeys(one.setup for one in found):
             here = {one.row: one.ratio for one in found if one.setup == setup and one.ratio is not None}
-            lines += [_order(_named(setup), name, column, known, here) for column, name in PRINTED.items()]
+            lines += [_order(setup_name(setup), name, column, known, here) for column, name in PRINTED.items()]
     for kind, title in kinds_of(rows, scores).items():
         means = {key: mean_of(of_row(row, scores, kind)) for key, row in known.items()}
         here = {key: mean for key, mean in means.items() if mean is not None}
@@ -176,7 +171,7 @@ def claim_rows(verdicts: Sequence[Held]) -> list[dict[str, object]]:
             "claim": f"{one.claim.faster} takes {'about as long as' if one.claim.similar else 'less time than'} "
             f"{one.claim.slower}",
             "in the text": one.claim.text or "-",
-            "runtime": _named(one.setup),
+            "runtime": setup_name(one.setup),
             "the other's time / its own, printed (TensorRT)": f"{one.printed:.2f}",
             "here": f"{one.measured:.2f} ({one.low:.2f} to {one.high:.2f})",
             "verdict": one.verdict,
@@ -276,11 +271,11 @@ def write_reproduction(one: Rerun, folder: Path) -> None:
     costs, claims = count_rows(rows, one.counted), claim_rows(held(CLAIMS, rows, found))
     flagged = [line for line in costs if line["flag"] or line["counted"] == "-"]
     write_rows(folder / f"{table}-costs.csv", costs)
-    where = f"{found[0].machine}; {found[0].threads} threads" if found else machine()
+    where = _where(found) if found else f"{machine()}; {today()}"
     kinds = kinds_of(rows, one.scores)
     parts = [
         report.paragraph(
-            f"{len(rows)} of {len(paper_rows(table))} rows; {where}; {datetime.date.today().isoformat()}. "
+            f"{len(rows)} of {len(paper_rows(table))} rows; {where}. "
             f"Accuracies are the paper's{', but for those of columns that say otherwise' * bool(kinds)}."
         ),
         *[report.paragraph(LEGEND)] * bool(found),
@@ -292,11 +287,16 @@ def write_reproduction(one: Rerun, folder: Path) -> None:
             trade_off(rows, found, one.scores, picture)
             parts += [report.picture(picture, "accuracy against latency")] if picture.exists() else []
         parts.append(report.html_table(lines))
+    if not (lines and found):  # what is left of measurements that are gone
+        stale = [folder / f"{table}-tradeoff{suffix}" for suffix in (".png", ".svg", ".html")]
+        for file in (*stale, *[folder / f"{table}-latency.csv"] * (not lines)):
+            file.unlink(missing_ok=True)
     if note := _proxy_note(kinds):
         parts.append(report.paragraph(note, "note"))
     if one.depths:
         parts += [report.heading(HEADINGS["depths"]), report.paragraph(DEPTHS_NOTE, "note")]
-        within = [{**asdict(depth), "within 3 %": "yes" if depth.ok else "no"} for depth in one.depths]
+        heading = f"within {100 * TOLERANCE:.0f} %"
+        within = [{**asdict(depth), heading: "yes" if depth.ok else "no"} for depth in one.depths]
         parts.append(report.html_table(within))
     orders = order_rows(rows, found, one.scores)
     for what, some in (("orders", orders), ("claims", claims)):
@@ -324,106 +324,7 @@ def _proxy_note(kinds: Iterable[Kind]) -> str:
     return PROXY_NOTE + f" Trained on {' and on '.join(places)}." * bool(places) if proxies else ""
 
 
-def trade_off(rows: Sequence[PaperRow], found: Sequence[Latency], scores: Sequence[Score], path: Path) -> None:
-    """A table's part of Figure 1 on this machine: a panel a setup and an accuracy, printed or measured here."""
-    accuracies = {**_printed(rows), **_scored(rows, scores)}
-    panels = [
-        panel
-        for row, told in enumerate(accuracies)
-        for panel in _panels(rows, found, told, accuracies[told], _measured_setups(found), row)
-    ]
-    if len(accuracies) == 1:  # there is room below
-        panels = [replace(panel, row=n // ACROSS, column=n % ACROSS) for n, panel in enumerate(panels)]
-    if panels:
-        plots.trade_off(panels, OURS, _label(ANCHOR), path)
-
-
-def figure1(tables: Sequence[Rerun], path: Path) -> None:
-    """Figure 1 on this machine: a row a task, by its first accuracy, a column a setup, the printed ones first."""
-    setups = list(dict.fromkeys(setup for one in tables for setup in _measured_setups(one.found)))
-    panels = []
-    for number, one in enumerate(tables):
-        told, accuracy = next(iter(_printed(one.rows).items()))
-        panels += _panels(one.rows, one.found, told, accuracy, setups, number)
-    if not panels:
-        raise UserError("none of these rows has a latency, printed or measured, so there is nothing to draw.")
-    plots.trade_off(panels, OURS, _label(ANCHOR), path)
-
-
-def _measured_setups(found: Sequence[Latency]) -> list[Setup]:
-    return list(dict.fromkeys(one.setup for one in found if one.ratio is not None))
-
-
-def _printed(rows: Sequence[PaperRow]) -> dict[str, dict[str, float]]:
-    """The paper's accuracies by their names, each by the keys of the rows."""
-    columns = ACCURACY[rows[0].table].items()
-    return {name: {row.key: row.printed[column] for row in rows if column in row.printed} for column, name in columns}
-
-
-def _scored(rows: Sequence[PaperRow], scores: Sequence[Score]) -> dict[str, dict[str, float]]:
-    """Likewise those measured here in the table's own task, but for proxies, which are of another trade-off."""
-    own = DENSE[rows[0].table][0][1] if rows[0].table in DENSE else "classify"
-    real = [score for score in scores if score.task == own and not score.kind.proxy and score.percent is not None]
-    found = {}
-    for kind, title in kinds_of(rows, real).items():
-        means = {row.key: mean_of(of_row(row, real, kind)) for row in rows}
-        found[title] = {key: mean for key, mean in means.items() if mean is not None}
-    return found
-
-
-def _panels(
-    rows: Sequence[PaperRow],
-    found: Sequence[Latency],
-    told: str,
-    accuracy: Mapping[str, float],
-    setups: Sequence[Setup],
-    place: int,
-) -> list[plots.Panel]:
-    """The printed latencies and then the measured ones, all relative to the anchor's at the table's usual size.
-
-    told, accuracy: what rows are good by, and how good, by their keys.
-    """
-    by_row = {(one.row, *one.setup): one for one in found}
-    anchor = next(row for row in paper_rows(rows[0].table) if row.network == ANCHOR).printed
-    good = [row for row in rows if row.key in accuracy]
-
-    def point(row: PaperRow, ratio: float, latency: str, *, measured: bool) -> plots.Point:
-        size = f"{row.name} at {row.image_size} pixels"
-        text = f"{size}<br>{accuracy[row.key]:.3g} {told}<br>{latency}"
-        return plots.Point(*_label_and_family(row, measured=measured), ratio, accuracy[row.key], text)
-
-    panels = []
-    for number, (latency, name) in enumerate(PRINTED.items()):
-        points = [
-            point(row, row.printed[latency] / anchor[latency], f"{row.printed[latency]:g} ms", measured=False)
-            for row in good
-            if latency in row.printed
-        ]
-        panels.append(plots.Panel(place, number, name.replace(", ms", ""), told, tuple(points)))
-    for number, setup in enumerate(setups, len(PRINTED)):
-        there = [(row, by_row.get((row.key, *setup))) for row in good]
-        points = [point(row, one.ratio, _told(one), measured=True) for row, one in there if one and one.ratio]
-        panels.append(plots.Panel(place, number, _named(setup), told, tuple(points)))
-    return [panel for panel in panels if panel.points]
-
-
-def _label_and_family(row: PaperRow, *, measured: bool) -> tuple[str, str]:
-    """In a picture. measured: a latency of here is shown, so it is to be said what the network is."""
-    usual = row.image_size == SIZES[row.table]
-    label = row.name if usual else f"{row.name} {row.image_size}"
-    found = FAMILY.match(row.name)
-    assert found is not None
-    family = f"{OURS} {row.image_size}" if found[0] == OURS and not usual else found[0]
-    if measured and (note := note_of(row.network)):
-        family, label = f"{family} (reconstruction)", f"{label}, {note}"
-    return label, family
-
-
-def _label(network: str) -> str:
-    return next(row.name for row in paper_rows("table4") if row.network == network)
-
-
-def _front(rows: Sequence[PaperRow], by_row: dict[tuple[str, str, str, int], Latency], setup: Setup) -> set[str]:
+def _front(rows: Sequence[PaperRow], by_row: dict[tuple[str, str, str, int], Latency], setup: RuntimeSetup) -> set[str]:
     """Keys of the rows that no other one beats, by the table's first accuracy; none where there is nothing to beat."""
     column = next(iter(ACCURACY[rows[0].table]))
     good = [row for row in rows if column in row.printed and not note_of(row.network)]
@@ -435,33 +336,21 @@ def _front(rows: Sequence[PaperRow], by_row: dict[tuple[str, str, str, int], Lat
     return {row.key for (row, _), best in zip(pairs, front, strict=True) if best}
 
 
-def _told(one: Latency) -> str:
-    if one.ratio is None:
-        return f"not measured: {one.why}"
-    low, ratio, high = one.interval
-    return f"{one.ms:.1f} ms, {ratio:.2f} ({low:.2f} to {high:.2f})"
-
-
-def _named(setup: Setup) -> str:
-    runtime, precision, batch = setup
-    return f"{runtime} {precision}" + f", batch {batch}" * (batch > 1)
-
-
 def write_readme(folder: Path) -> None:
     """README.md of all that the folder has, as repositories show it: pictures and tables, with links to the rest and
     to folders in it, which are of other machines.
     """
     parts = [
         "# The paper, rerun",
-        f"By `nextvit reproduce`, nextvit {__version__}, {datetime.date.today().isoformat()}.",
+        f"By `nextvit reproduce`, nextvit {__version__}, {today()}.",
     ]
-    for file in sorted(folder.glob("measured-*.csv"))[:1]:
-        parts.append("; ".join(f"{one.machine}; {one.threads} threads" for one in read_latencies(file)[:1]) + ".")
+    measured_here = [one for file in sorted(folder.glob("measured-*.csv")) for one in read_latencies(file)]
+    parts += [f"{_where(measured_here)}."] if measured_here else []
     if others := [
         f"[{other.parent.name}]({other.parent.name}/README.md)" for other in sorted(folder.glob("*/README.md"))
     ]:
         parts.append(f"Other machines: {', '.join(others)}.")
-    parts += [LEGEND] * any(folder.glob("measured-*.csv"))
+    parts += [LEGEND] * bool(measured_here)
     if (folder / "figure1.png").exists():
         parts.append("## Figure 1\n\n![accuracy against latency](figure1.png)")
     for table in sorted(TITLES):
@@ -480,7 +369,9 @@ def write_readme(folder: Path) -> None:
         if measured := there.get("latency"):
             parts.append(_markdown(measured))
             if any("a proxy" in column for column in measured[0]):
-                parts.append(_proxy_note(score.kind for score in read_scores(folder) if score.percent is not None))
+                own = {row.network.partition("@")[0] for row in paper_rows(table)}
+                known = [score for score in read_scores(folder) if score.percent is not None]
+                parts.append(_proxy_note(one.kind for one in known if one.network.partition("@")[0] in own))
         for what in ("orders", "claims"):
             if there.get(what):
                 parts += [f"### {HEADINGS[what]}", *[CLAIMS_NOTE] * (what == "claims"), _markdown(there[what])]
@@ -512,6 +403,13 @@ def write_readme(folder: Path) -> None:
         parts.append(f"{where[-1][0]}; {where[-1][1]} threads; {told}.")
         parts.append(_markdown(measured))
     write_text(folder / "README.md", "\n\n".join(parts) + "\n")
+
+
+def _where(found: Sequence[Latency]) -> str:
+    """On what machine, with how many threads, and when; not when, where there is a latency whose day is not known."""
+    days = sorted({one.day for one in found if one.ratio is not None})
+    when = f"; measured {' to '.join(dict.fromkeys((days[0], days[-1])))}" if days and days[0] else ""
+    return f"{found[0].machine}; {found[0].threads} threads{when}"
 
 
 def _how_many(lines: Sequence[Mapping[str, str]]) -> dict[str, int]:

@@ -18,6 +18,7 @@ ACCURACY = {  # of each table: columns of figures that a network is good by, wit
         ABLATION_TABLES, {"top1": "top-1, %", "det_box_ap": "box AP, 1x", "seg_miou": "mIoU with Semantic FPN, %"}
     ),
 }
+PRINTED = {"tensorrt_ms": "TensorRT, ms (printed)", "coreml_ms": "CoreML, ms (printed)"}  # its latencies
 SIZES = {  # pixels a side, the usual ones; of Tables 5 and 6 the backbones' alone
     **dict.fromkeys(("table4", *ABLATION_TABLES), 224),
     **dict.fromkeys(("table5", "table6"), 512),
