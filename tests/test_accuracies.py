@@ -149,7 +149,8 @@ def test_a_real_set_is_trained_by_the_papers_recipe_and_its_run_is_kept(tmp_path
     (one,) = train_networks([row], study, tmp_path)  # of a table of dense networks: at the recipe's size
     assert (one.data, one.seed, one.image_size) == (str(few), 0, 32)
     left = accuracies.run_folder(one, tmp_path)
-    assert left.name == f"nextvit_nano-{one.of.replace(' ', '-')}-0-32"
+    assert left.name.startswith(f"nextvit_nano-{one.of.replace(' ', '-')}-0-32-")
+    assert accuracies.run_folder(replace(one, data="/other/images"), tmp_path) != left
     assert {"recipe.yaml", "model.safetensors", "last.ckpt"} <= {path.name for path in left.iterdir()}
     assert of_row(NANO, [one], one.kind) == []  # a row of 224 pixels tells nothing of 32
     other = replace(TINY, image_size=64)
@@ -220,6 +221,38 @@ def test_a_dense_task_without_a_classifier_says_what_to_do(tmp_path, monkeypatch
     (one,) = train_networks([NANO], study, tmp_path)
     assert one.percent is None
     assert one.why.startswith("it starts from a classifier of the same network and seed: --train IMAGENET --train /")
+
+
+def test_a_dense_task_starts_from_no_classifier_but_its_own(few, tmp_path):
+    """Of a run before on other images, or by another recipe, none is taken where the study trains its own; and where it
+    trains none, only one that is the only one.
+    """
+    scenes = str(scenes_folder(8, 2) / "ade20k")
+    both, alone = study_of([str(few), scenes]), study_of([scenes])
+    own = both.unknown("nextvit_nano", 224, 0, "classify")
+    dense = both.unknown("nextvit_nano", 224, 0, "segment")
+    elsewhere, before = replace(own, data="/flowers"), replace(own, of="in1k_300e 00000000")
+
+    def keep(score):
+        accuracies._keep(replace(score, percent=1.0), tmp_path)
+        run = accuracies.run_folder(score, tmp_path)
+        run.mkdir(parents=True)
+        (run / "model.safetensors").touch()
+        return run / "model.safetensors"
+
+    keep(replace(own, network="nextvit_tiny"))
+    first = keep(elsewhere)
+    with pytest.raises(UserError, match="which could not be trained"):
+        accuracies._classifier(dense, 224, both, tmp_path)
+    assert accuracies._classifier(dense, 224, alone, tmp_path) == first
+    keep(before)
+    with pytest.raises(UserError, match="are such, so name its images too: --train IMAGENET --train"):
+        accuracies._classifier(dense, 224, alone, tmp_path)
+    mine = keep(own)
+    assert accuracies._classifier(dense, 224, both, tmp_path) == mine
+    mine.unlink()
+    with pytest.raises(UserError, match="is gone"):
+        accuracies._classifier(dense, 224, both, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from nextvit.paper import ACCURACY, SIZES, PaperRow
 from nextvit.processes import ALONE
 from nextvit.progress import say
 from nextvit.recipe import Recipe, read_recipe, with_image_size
-from nextvit.reproduce import first_line, read_records
+from nextvit.reproduce import first_line, read_records, today
 from nextvit.run import Machine
 from nextvit.runtime.open import open_network
 from nextvit.runtime.torch_session import TorchSession
@@ -92,6 +92,7 @@ class Score:
     source: str = ""  # of GIVEN: the file, or the published tag
     why: str = ""
     on: str = ""  # of a proxy: the device that it was trained on, and the precision
+    day: str = ""  # that it was found, YYYY-MM-DD
 
     @property
     def kind(self) -> Kind:
@@ -215,7 +216,7 @@ def _trained(network: str, size: int, seed: int, study: Study, folder: Path, thr
             if task == "classify":
                 recipe = with_image_size(recipe, size)
             else:
-                recipe = replace(recipe, weights=str(_classifier(score, study, folder)))
+                recipe = replace(recipe, weights=str(_classifier(score, size, study, folder)))
             if is_foreign(network):  # what only ours have
                 recipe = replace(recipe, drop_path=None, optimizer=replace(recipe.optimizer, frozen_stages=0))
             place = str(scenes_folder(*SCENES) / "coco") if (data, task) == (DEMO, "detect") else data
@@ -237,27 +238,36 @@ def _trained(network: str, size: int, seed: int, study: Study, folder: Path, thr
         shutil.rmtree(run, ignore_errors=True)
 
 
-def _classifier(score: Score, study: Study, folder: Path) -> Path:
-    """The weights that a dense task starts from: a finished training of the same network and seed."""
-    recipe = Path((PROXY if score.kind.proxy else REAL)["classify"]).stem
-    found = None
-    for known in read_scores(folder):
-        same = (known.network, known.seed, known.task) == (score.network, score.seed, "classify")
-        if same and known.percent is not None and known.of.partition(" ")[0] == recipe:
-            found = run_folder(known, folder) / WEIGHTS
-            if found.exists():
-                return found
-    if found is not None:
-        why = f"and {found} is gone"
+def _classifier(score: Score, size: int, study: Study, folder: Path) -> Path:
+    """The weights that a dense task starts from: the finished training of the same network and seed in this study, or
+    where it trains no classifiers the only one that the folder has.
+    """
+    known = [one for one in read_scores(folder) if one.percent is not None]
+    if "classify" in study.data:
+        own = study.unknown(score.network, size, score.seed, "classify").key
+        begun, why = [one for one in known if one.key == own], "which could not be trained"
     else:
-        why = "which could not be trained" if "classify" in study.data else f"--train IMAGENET --train {score.data}"
+        recipe, same = Path(REAL["classify"]).stem, (score.network, score.seed, "classify")
+        begun = [one for one in known if (one.network, one.seed, one.task) == same and one.of.split()[0] == recipe]
+        why = f"--train IMAGENET --train {score.data}"
+    files = [run_folder(one, folder) / WEIGHTS for one in begun]
+    there = [file for file in files if file.exists()]
+    if len(there) == 1:
+        return there[0]
+    if there:
+        why = f"{' and '.join(map(str, there))} are such, so name its images too: {why}"
+    elif files:
+        why = f"and {files[0]} is gone"
     raise UserError(f"it starts from a classifier of the same network and seed: {why}.")
 
 
 def run_folder(score: Score, folder: Path) -> Path:
-    """Where its training lies: runs/NETWORK-RECIPE-DIGEST-SEED, with the size of a classifier behind it."""
+    """Where its training lies: runs/NETWORK-RECIPE-DIGEST-SEED, and behind it the size of a classifier, and which
+    images, where they are not the shipped ones.
+    """
     size = f"-{score.image_size}" * bool(score.image_size)
-    return folder / RUNS / f"{_file_name(score.network)}-{score.of.replace(' ', '-')}-{score.seed}{size}"
+    data = "" if score.data == DEMO else f"-{hashlib.sha256(score.data.encode()).hexdigest()[:8]}"
+    return folder / RUNS / f"{_file_name(score.network)}-{score.of.replace(' ', '-')}-{score.seed}{size}{data}"
 
 
 def evaluated(
@@ -292,9 +302,13 @@ def evaluate_networks(
     task = task_of(data)
     place = place_of(data, task)
     tried = 0
+    if task == "classify":
+        rows = [row for row in rows if "top1" in ACCURACY[row.table]]
+        if not rows:
+            say(f"note: {data} is for classification, and the table has none; see --evaluate in docs/reproduce.md.")
+    else:  # what was tuned further as a classifier is not another network here
+        rows = [row for row in rows if not _tuned_further(row)]
     for row in rows:
-        if task == "classify" and "top1" not in ACCURACY[row.table]:
-            continue
         for head in HEADS[task]:
             size = row.image_size if task == "classify" else 0
             score = Score(row.network, task, place, GIVEN, head=head, image_size=size)
@@ -312,7 +326,7 @@ def evaluate_networks(
                 say(f"{row.name}: {first_line(error)}")
                 score = replace(score, why=first_line(error))
             _keep(score, folder, anew=True)
-    if not tried:
+    if rows and not tried:
         say(f"note: none of these rows has weights for the task {task}; docs/reproduce.md tells how files are named.")
     return read_scores(folder)
 
@@ -365,15 +379,15 @@ def _keep(score: Score, folder: Path, *, anew: bool = False) -> None:
     """Add it to what the folder has; a failure does not take the place of a figure, unless it was asked for `anew`."""
     if score.percent is None and score.key in _known(folder) and not anew:
         return
-    known = {one.key: one for one in read_scores(folder)} | {score.key: score}
+    known = {one.key: one for one in read_scores(folder)} | {score.key: replace(score, day=today())}
     write_rows(folder / "accuracies.csv", [asdict(one) for one in known.values()])
 
 
 def of_row(row: PaperRow, scores: Sequence[Score], kind: Kind) -> list[Score]:
-    """Of a row's network, one a seed, of one kind. A classifier's are of the row's size; proxies are of no size, and of
-    the row that is the network's own.
+    """Of a row's network, one a seed, of one kind. A classifier's are of the row's size; those of proxies and of dense
+    tasks are of no size, and of the row that is the network's own.
     """
-    if kind.of != GIVEN and _tuned_further(row):
+    if (kind.of != GIVEN or kind.task != "classify") and _tuned_further(row):
         return []
     return [
         one
