@@ -254,6 +254,11 @@ def test_spectra_are_of_the_four_stages_and_of_both_branches(classifier):
     assert "stage 3, E-MHSA" in names
     assert "stage 3, MHCA" in names
     assert all(np.isfinite(one.log_amplitude).all() and one.log_amplitude[0] == 0 for one in found)
+    highest = {one.point: one.frequencies[-1] for one in found}
+    side = classifier.metadata.preprocess.image_size // 32
+    assert highest["stage 1"] == 1
+    assert side % 2
+    assert highest["stage 4"] <= (side - 1) / side  # a map of an odd side has no higher frequency
 
 
 # ---- other networks --------------------------------------------------------------------------------------------------
@@ -380,6 +385,7 @@ def test_what_cannot_be_explained_is_told(arguments, told, tmp_path, monkeypatch
         (["/a/1/m.pth", "/a/2/m.pth"], ["nextvit_nano"] * 2, ["nextvit_nano, 1/m.pth", "nextvit_nano, 2/m.pth"]),
         (["/a/one/m.pth", "nextvit_nano"], ["nextvit_nano"] * 2, ["nextvit_nano, one/m.pth", "nextvit_nano"]),
         (["/a/one/m.pth", "/b/one/m.pth"], ["nextvit_nano"] * 2, ["/a/one/m.pth", "/b/one/m.pth"]),
+        (["nextvit_nano"] * 2, ["nextvit_nano"] * 2, ["nextvit_nano (1)", "nextvit_nano (2)"]),
     ],
 )  # fmt: skip
 def test_networks_are_called_by_what_tells_them_apart(names, variants, called):

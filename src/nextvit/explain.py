@@ -1,6 +1,6 @@
 """What a network looks at, and in which frequencies (paper, 4.4 and Figure 5): heat maps and Fourier spectra."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -158,8 +158,8 @@ def log_amplitude(maps: Tensor) -> tuple[np.ndarray, np.ndarray]:
     return (2 * half / side).cpu().numpy(), (diagonal - diagonal[0]).clamp_min(LEAST).cpu().numpy()
 
 
-def spectra(network: Network, images: Sequence[Image.Image]) -> list[Spectrum]:
-    """Of each place of a network, the mean over images."""
+def spectra(network: Network, images: Iterable[Image.Image]) -> list[Spectrum]:
+    """Of each place of a network, the mean over images; up to the highest frequency that its maps have."""
     points = points_of(network)
     grid = np.linspace(0, 1, GRID)
     seen: dict[str, list[np.ndarray]] = {point.name: [] for point in points}
@@ -168,7 +168,7 @@ def spectra(network: Network, images: Sequence[Image.Image]) -> list[Spectrum]:
     def look(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
             if min(output.shape[2:]) > 1:
-                seen[name].append(np.interp(grid, *log_amplitude(output)))
+                seen[name].append(np.interp(grid, *log_amplitude(output), right=np.nan))  # odd sides have no pi
 
         return hook
 
@@ -178,7 +178,8 @@ def spectra(network: Network, images: Sequence[Image.Image]) -> list[Spectrum]:
         asked = as_asked(network)
         for image in images:
             asked(torch.from_numpy(_input(image, network.metadata)))
-    return [Spectrum(name, grid, np.mean(values, axis=0)) for name, values in seen.items() if values]
+    means = {name: np.mean(values, axis=0) for name, values in seen.items() if values}
+    return [Spectrum(name, grid[known], mean[known]) for name, mean in means.items() for known in [np.isfinite(mean)]]
 
 
 # ---- evidence --------------------------------------------------------------------------------------------------------

@@ -15,12 +15,15 @@ SHOWN = 320  # pixels of the longer side of a picture
 
 
 def titles(names: Sequence[str], variants: Sequence[str]) -> list[str]:
-    """What networks are called in pictures: their variants; where two are of one, the end of the MODEL with it."""
+    """What networks are called in pictures: their variants; where two are of one, the end of the MODEL with it; and
+    numbered where that is the same, too, as with and without weights.
+    """
     ends = [
         variant if name == variant else f"{variant}, {'/'.join(Path(name).parts[-2:])}"
         for name, variant in zip(names, variants, strict=True)
     ]
-    return next((list(some) for some in (variants, ends) if len(set(some)) == len(names)), list(names))
+    numbered = [f"{name} ({number})" for number, name in enumerate(names, 1)]
+    return next(list(some) for some in (variants, ends, names, numbered) if len(set(some)) == len(names))
 
 
 def write_explained(

@@ -176,7 +176,7 @@ def samples(
 
 def spectra(panels: Sequence[tuple[str, Sequence[tuple[str, np.ndarray, np.ndarray]]]], path: Path) -> None:
     """Relative log amplitude against frequency, a panel a network; lines: (name, shares of pi, values)."""
-    figure = _figure(4.6 * len(panels), 3.8)
+    figure = _figure(4.6 * len(panels), 4.4)
     grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axes, (title, lines) in zip(grid, panels, strict=True):
         stages = [name for name, _, _ in lines if "," not in name]
@@ -188,7 +188,7 @@ def spectra(panels: Sequence[tuple[str, Sequence[tuple[str, np.ndarray, np.ndarr
             axes.plot(frequencies, values, style, color=colour, lw=1 if branch else 2, label=name)
         axes.set(title=title, xlabel="frequency (pi / pixel of the map)", ylabel="log amplitude, less that of the mean")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=7)
+        axes.legend(frameon=False, fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))  # on no line
     _save(figure, path)
 
 
