@@ -10,6 +10,7 @@ from nextvit.cost import cost
 from nextvit.create import create_model
 from nextvit.errors import UserError
 from nextvit.fit import (
+    FRAMES,
     PARTS,
     Candidate,
     Costs,
@@ -151,8 +152,30 @@ def test_of_equal_promise_the_paper_s_n_is_taken():
 
 
 def test_a_budget_that_nothing_keeps_is_told():
-    with pytest.raises(UserError, match="nothing takes 0.5 ms or less here: the smallest network takes about"):
+    with pytest.raises(UserError, match="nothing takes 0.5 ms or less here: of what was measured, the smallest"):
         fit(0.5, DEVICE, costs_of=known)
+
+
+def test_sizes_that_are_slower_than_their_area_says_are_passed_over():
+    """As on a GPU, where small images take as long as larger ones: what is told is what was measured."""
+
+    def flat(device, frame, size, mix, rounds):
+        return known(device, frame, 224, mix, rounds)
+
+    least = min(flat(DEVICE, frame, 224, 0.75, 8).base for frame in FRAMES)
+    with pytest.raises(UserError, match=f"of nextvit_nano's widths takes the least, {least:.3g} ms"):
+        fit(0.9 * least, DEVICE, costs_of=flat)
+    found = fit(1.1 * least, DEVICE, costs_of=flat)
+    assert {one.configuration.frame for one in found} == {"nextvit_nano"}
+    assert all(one.predicted_ms <= 1.1 * least for one in found)
+
+
+def test_frames_whose_widths_cannot_be_mixed_so_are_left_out(capsys):
+    found = fit(200.0, DEVICE, frames=("nextvit_nano", "nextvit_small"), mix=0.9, costs_of=known)
+    assert {one.configuration.frame for one in found} == {"nextvit_small"}
+    assert "nextvit_nano cannot have r = 0.9: " in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"nextvit_nano cannot have r = 0.9: "):
+        fit(200.0, DEVICE, frames=("nextvit_nano",), mix=0.9, costs_of=known)
 
 
 def test_the_error_is_of_the_prediction():
@@ -179,6 +202,7 @@ def test_a_budget_is_milliseconds(text, value):
         (["--budget", "5ms", "--frames", "resnet"], "there are no widths of 'resnet'"),
         (["--budget", "5ms", "--sizes", "32"], "--sizes takes whole numbers from 64"),
         (["--budget", "5ms", "--device-runtime", "tvm"], "there is no runtime 'tvm'"),
+        (["--budget", "5ms", "--mix", "2"], "--mix"),
     ],
 )
 def test_what_cannot_be_fitted_is_told_at_once(flags, told):

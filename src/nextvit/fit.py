@@ -186,8 +186,8 @@ def candidates(
     return sorted(found, key=lambda one: (-one.promise, abs(one.configuration.n - 4)))
 
 
-def finalists(budget_ms: float, sizes: Sequence[int], mix: float, times: dict[str, Costs]) -> list[tuple[str, int]]:
-    """Frames and sizes worth measuring: latency at other sizes is taken to go with the area of the image.
+def promising(budget_ms: float, sizes: Sequence[int], mix: float, times: dict[str, Costs]) -> list[tuple[str, int]]:
+    """Frames and sizes worth measuring, the best first: latency at other sizes is taken to go with the image's area.
 
     times: of each frame at USUAL pixels.
     """
@@ -199,7 +199,7 @@ def finalists(budget_ms: float, sizes: Sequence[int], mix: float, times: dict[st
         there = candidates(budget_ms, frame, size, mix, scaled, counted, counted)
         if there:
             best.append((there[0].promise, frame, size))
-    return [(frame, size) for _, frame, size in sorted(best, reverse=True)[:FINALISTS]]
+    return [(frame, size) for _, frame, size in sorted(best, reverse=True)]
 
 
 def fit(
@@ -214,21 +214,40 @@ def fit(
 ) -> list[Candidate]:
     """The most promising network of each finalist within a budget of milliseconds for one image, the best first.
 
-    Raises UserError where nothing keeps the budget.
+    Raises UserError where nothing keeps the budget, or no frame can have this mix.
     """
-    usual = {frame: costs_of(device, frame, USUAL, mix, rounds) for frame in frames}
-    found = []
-    for frame, size in finalists(budget_ms, sizes, mix, usual):
-        times = usual[frame] if size == USUAL else costs_of(device, frame, size, mix, rounds)
+    usual = {frame: costs_of(device, frame, USUAL, mix, rounds) for frame in _that_can_have(mix, frames)}
+    times = {(frame, USUAL): costs for frame, costs in usual.items()}
+    found: list[Candidate] = []
+    for frame, size in promising(budget_ms, sizes, mix, usual):
+        if (frame, size) not in times:
+            times[frame, size] = costs_of(device, frame, size, mix, rounds)
         at_size, at_224 = operations(frame, size, mix), operations(frame, USUAL, mix)
-        found += candidates(budget_ms, frame, size, mix, times, at_size, at_224)[:1]
+        found += candidates(budget_ms, frame, size, mix, times[frame, size], at_size, at_224)[:1]
+        if len(found) == FINALISTS:
+            break
     if not found:
-        least = min(times.base for times in usual.values())
+        (frame, size), least = min(times.items(), key=lambda item: item[1].base)
         raise UserError(
-            f"nothing takes {budget_ms:g} ms or less here: the smallest network takes about "
-            f"{least * (min(sizes) / USUAL) ** 2:.3g} ms at {min(sizes)} pixels; allow more time."
+            f"nothing takes {budget_ms:g} ms or less here: of what was measured, the smallest network of {frame}'s "
+            f"widths takes the least, {least.base:.3g} ms at {size} pixels; allow more time, or smaller --sizes."
         )
     return sorted(found, key=lambda one: -one.promise)
+
+
+def _that_can_have(mix: float, frames: Sequence[str]) -> list[str]:
+    """Frames whose widths can be divided so between E-MHSA and MHCA, whose heads have 32 channels each."""
+    able, why = [], ""
+    for frame in frames:
+        try:
+            operations(frame, USUAL, mix)
+            able.append(frame)
+        except UserError as error:
+            why = f"{frame} cannot have r = {mix:g}: {error}"
+            say(f"note: {why}")
+    if not able:
+        raise UserError(why)
+    return able
 
 
 def build(candidate: Candidate, device: Device, rounds: int = ROUNDS) -> Fitted:
