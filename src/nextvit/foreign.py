@@ -88,7 +88,7 @@ class ForeignMaps(nn.Module):
             self.body, self.widths = _peer_maps(name, in_channels)
         with torch.no_grad():
             first = self._maps(torch.zeros(1, in_channels, *PROBE))[0]
-        self.channels_last = first.shape[1] != self.widths[0]  # Swin's maps are (B, H, W, C)
+        self.channels_last = first.shape[2:] != tuple(side // STRIDES[0] for side in PROBE)  # Swin's: (B, H, W, C)
         self.train()
 
     def forward(self, x: Tensor) -> list[Tensor]:
