@@ -17,6 +17,7 @@ import torch
 from nextvit import create_model, export
 from nextvit.cli import main
 from nextvit.data.demo_images import garments
+from nextvit.exporters.export import ExportReport
 from nextvit.files import parts
 
 FAULTS: list[tuple[str, str, str, str]] = []  # id, expected, found, outcome
@@ -34,13 +35,12 @@ def _own_cache(tmp_path_factory):
 
 def uniform(key: int, count: int) -> np.ndarray:
     """The generator of the check values: a hash of key and index in 32-bit arithmetic -> float64 in [-0.5, 0.5)."""
-    mask = np.uint64(0xFFFFFFFF)
-    h = (np.arange(count, dtype=np.uint64) * np.uint64(2654435761) + np.uint64(key * 97)) & mask
-    h ^= h >> np.uint64(16)
-    h = (h * np.uint64(2246822519)) & mask
-    h ^= h >> np.uint64(13)
-    h = (h * np.uint64(3266489917)) & mask
-    h ^= h >> np.uint64(16)
+    h = np.arange(count, dtype=np.uint32) * np.uint32(2654435761) + np.uint32(key * 97 % 2**32)
+    h ^= h >> np.uint32(16)
+    h *= np.uint32(2246822519)
+    h ^= h >> np.uint32(13)
+    h *= np.uint32(3266489917)
+    h ^= h >> np.uint32(16)
     return h.astype(np.float64) / 2**32 - 0.5
 
 
@@ -87,25 +87,36 @@ def garment_folder(tmp_path_factory) -> Path:
 def trained(garment_folder, tmp_path_factory) -> Path:
     """The run folder of a short training on those images."""
     run = tmp_path_factory.mktemp("runs") / "short"
-    done = nextvit("train", garment_folder, "--epochs", 2, "--image-size", 32, "--output", run)
+    done = nextvit_here("train", garment_folder, "--epochs", 2, "--image-size", 32, "--output", run)
     assert done.returncode == 0, done.stderr
     return run
 
 
 @pytest.fixture(scope="session")
-def small_file(tmp_path_factory) -> Callable[[str, Path], Path]:
-    """Copies into a folder a network that is written once a format: nano, four classes, 64 pixels, fixed."""
+def small_export(tmp_path_factory) -> Callable[[str], tuple[torch.nn.Module, Path, ExportReport]]:
+    """A network that is written once a format, its file and the report: nano, four classes, 64 pixels, fixed.
+
+    It is exported from training, in float64.
+    """
 
     @functools.cache
-    def written(ending: str) -> Path:
+    def written(ending: str) -> tuple[torch.nn.Module, Path, ExportReport]:
         path = tmp_path_factory.mktemp("small") / f"m{ending}"
-        export(fill(create_model("nextvit_nano", num_classes=4)), path, image_size=64, dynamic=False)
-        return path
+        model = fill(create_model("nextvit_nano", num_classes=4)).double().train()
+        return model, path, export(model, path, image_size=64, dynamic=False)
+
+    return written
+
+
+@pytest.fixture(scope="session")
+def small_file(small_export) -> Callable[[str, Path], Path]:
+    """Copies its file into a folder."""
 
     def copied(ending: str, folder: Path) -> Path:
-        for file in parts(written(ending)):
+        _, path, _ = small_export(ending)
+        for file in parts(path):
             shutil.copy(file, folder)
-        return folder / f"m{ending}"
+        return folder / path.name
 
     return copied
 

@@ -1,5 +1,8 @@
 """Detectors that find something: weights by key, their last layers brought to a range where detections happen."""
 
+import copy
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,9 +21,14 @@ def spread(layer: nn.Module, outputs: Tensor, std: float) -> None:
     layer.bias.sub_(outputs.mean(dim=0)).mul_(scale)
 
 
-@torch.no_grad()
 def lively(name: str = "nextvit_nano", classes: int = 80, size: tuple[int, int] = (193, 161)) -> Detector:
     """A detector that finds objects of many classes, large and small, with scores between 0.2 and 0.99."""
+    return copy.deepcopy(_lively(name, classes, size))
+
+
+@functools.cache
+@torch.no_grad()
+def _lively(name: str, classes: int, size: tuple[int, int]) -> Detector:
     model = fill(create_model(name, task="detect", num_classes=classes))
     image = noise(size)
     maps = model.neck(model.backbone(image))

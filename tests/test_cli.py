@@ -19,8 +19,9 @@ from PIL import Image
 from nextvit.create import create_model
 from nextvit.data.demo_images import garments
 from nextvit.metadata import Preprocess
-from nextvit.weights import save_weights
-from tests.conftest import fill, nextvit, nextvit_here
+from nextvit.recipe import read_recipe
+from nextvit.weights import read_weights, save_weights
+from tests.conftest import fill, nextvit_here
 from tests.detectors import lively
 
 VERBS = ["info", "train", "eval", "predict", "export", "benchmark", "reproduce", "fit", "explain"]
@@ -92,6 +93,21 @@ def test_bad_input_is_a_sentence_and_exit_code_2(arguments, message, tmp_path, m
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("arguments", [[], ["data"]])
+def test_verbs_alone_are_answered_with_their_help(arguments):
+    done = nextvit_here(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("Usage: nextvit")
+    assert "error:" not in done.stderr
+
+
+def test_what_eval_is_to_write_with_is_asked_for_first(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = nextvit_here("eval", "missing.onnx", "demo", "--output", tmp_path / "out")
+    assert done.returncode == 2
+    assert 'pip install "nextvit[plots]"' in done.stderr
+
+
 def test_debug_shows_the_traceback():
     done = nextvit_here("info", "nextvit_smol", "--debug")
     assert done.returncode == 2
@@ -108,6 +124,8 @@ def test_info_of_a_checkpoint_tells_what_it_holds(trained):
     told = json.loads(nextvit_here("info", trained / "last.ckpt", "--json").stdout)
     assert (told["variant"], told["checkpoint"]["epochs_done"], told["image_size"]) == ("nextvit_nano", 2, 32)
     assert told["metadata"]["labels"] == ["bag", "sandal", "trouser"]
+    recipes = {read_weights(trained / name).metadata.recipe for name in ("last.ckpt", "best.ckpt", "model.safetensors")}
+    assert recipes == {read_recipe(str(trained / "recipe.yaml")).sha256}
 
 
 @pytest.fixture
@@ -127,7 +145,7 @@ def pictures(tmp_path) -> Path:
 
 def test_predict_writes_a_row_for_each_file_once_in_order(trained, pictures, tmp_path):
     output = tmp_path / "answers.jsonl"
-    done = nextvit(
+    done = nextvit_here(
         "predict", trained / "model.safetensors", pictures, pictures / "0.png", "gone.png", "--output", output
     )
     assert done.returncode == 0, done.stderr
@@ -154,21 +172,12 @@ def test_predict_gives_each_file_the_answer_that_it_has_alone(trained, pictures,
     assert row["scores"] == pytest.approx(single["scores"], abs=1e-5)
 
 
-def test_predict_writes_csv_that_a_spreadsheet_can_open_and_pictures(trained, pictures, tmp_path):
+def test_predict_writes_csv_that_a_spreadsheet_can_open_and_pictures(trained, pictures, tmp_path, monkeypatch):
     output = tmp_path / "answers.csv"
     drawn = tmp_path / "drawn"
-    done = nextvit(
-        "predict",
-        trained / "model.safetensors",
-        "--output",
-        output,
-        "--save-images",
-        drawn,
-        "--",
-        "=cmd.png",
-        "0.png",
-        cwd=pictures,
-    )
+    monkeypatch.chdir(pictures)
+    model = trained / "model.safetensors"
+    done = nextvit_here("predict", model, "--output", output, "--save-images", drawn, "--", "=cmd.png", "0.png")
     assert done.returncode == 0, done.stderr
     with open(output, newline="") as file:
         rows = list(csv.DictReader(file))
@@ -187,8 +196,9 @@ def test_predict_strict_fails_when_a_file_does(trained, pictures, tmp_path):
 
 
 def test_predict_json_holds_the_answers(trained, pictures):
-    told = json.loads(nextvit_here("predict", trained / "model.safetensors", pictures, "--json").stdout)
-    assert (told["files"], told["answered"], told["rejected"], len(told["answers"])) == (11, 10, 1, 11)
+    for more in ([], ["--output", "-"]):
+        told = json.loads(nextvit_here("predict", trained / "model.safetensors", pictures, "--json", *more).stdout)
+        assert (told["files"], told["answered"], told["rejected"], len(told["answers"])) == (11, 10, 1, 11)
 
 
 def test_random_weights_are_said_to_be_random(pictures):
@@ -232,10 +242,10 @@ def test_eval_maps_classes_by_name(trained, garment_folder, tmp_path):
 
 def test_a_second_run_of_the_same_name_gets_a_number(garment_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for expected in ("clothes-nano", "clothes-nano.2"):
-        done = nextvit_here("train", garment_folder, "--epochs", 1, "--image-size", 32)
-        assert done.returncode == 0, done.stderr
-        assert (tmp_path / "runs" / expected / "model.safetensors").exists()
+    (tmp_path / "runs" / "clothes-nano").mkdir(parents=True)
+    done = nextvit_here("train", garment_folder, "--epochs", 1, "--image-size", 32)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "clothes-nano.2" / "model.safetensors").exists()
 
 
 def test_weights_are_not_ignored_where_they_do_not_belong(tmp_path):
@@ -244,6 +254,7 @@ def test_weights_are_not_ignored_where_they_do_not_belong(tmp_path):
     assert (done.returncode, "--weights goes with a variant's name" in done.stderr) == (2, True)
 
 
+@pytest.mark.slow
 def test_a_signal_ends_the_demo_without_a_traceback(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "nextvit.demo", str(tmp_path / "demo")], stderr=subprocess.PIPE, text=True
@@ -259,7 +270,9 @@ def test_a_signal_ends_the_demo_without_a_traceback(tmp_path):
     assert "Traceback" not in errors
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
+)
 def test_a_signal_leaves_the_rows_that_predict_has(number, code, trained, garment_folder, tmp_path):
     image = next((garment_folder / "bag").iterdir())
     for index in range(3000):

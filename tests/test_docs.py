@@ -13,7 +13,7 @@ import pytest
 from nextvit import create_model
 from nextvit.data.demo_images import garments
 from nextvit.weights import save_weights
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, nextvit_here
 from tests.test_objects import voc
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -38,12 +38,30 @@ def folder(tmp_path_factory):
                 tile.resize((60, 60)).save(folder / name / label / f"{index}.png")
     (folder / "VOCdevkit").mkdir()
     voc(folder / "VOCdevkit" / "VOC2012")
+    run(folder, *blocks(PAGES[0], "shell"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights(folder):
+    """Those of a row of the paper's tables, for garments."""
     (folder / "weights").mkdir()
     model = create_model("nextvit_small", num_classes=3)
     labelled = replace(model.metadata, labels=("bag", "sandal", "trouser"))
     save_weights(folder / "weights" / "nextvit_small.safetensors", model.state_dict(), labelled)
-    run(folder, *blocks(PAGES[0], "shell"))
-    return folder
+
+
+def run_here(folder: Path, *texts: str) -> None:
+    """The lines of shell blocks in this process, where they are commands of ours alone; others as `run` does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for line in "".join(texts).splitlines():
+            program, *arguments = shlex.split(line)
+            if program != "nextvit" or set(arguments) & {"|", ">", "&&"}:
+                run(folder, line)
+                continue
+            done = nextvit_here(*arguments)
+            assert done.returncode == 0, f"{line}\n{done.stderr}"
 
 
 def run(folder: Path, *texts: str) -> None:
@@ -57,9 +75,10 @@ def run(folder: Path, *texts: str) -> None:
 
 
 def run_python(folder: Path, *texts: str) -> None:
-    for text in texts:
-        done = subprocess.run([sys.executable, "-c", text], cwd=folder, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for text in texts:
+            exec(compile(text, "a page", "exec"), {"__name__": "__main__"})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -71,12 +90,13 @@ def test_every_block_with_a_command_is_marked_to_be_tested(page):
 
 @pytest.mark.parametrize("page", PAGES[1:], ids=lambda p: p.name)
 def test_the_commands_of_a_page_run(page, folder):
-    run(folder, *blocks(page, "shell"))
+    """Those of the README have run in shells of their own."""
+    run_here(folder, *blocks(page, "shell"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_the_slow_commands_of_a_page_run(page, folder):
+def test_the_slow_commands_of_a_page_run(page, folder, weights):
     """After the others of the page, whose files they may need."""
     slow = blocks(page, "slow shell")
     if slow and page != PAGES[0]:
@@ -91,12 +111,12 @@ def test_the_python_of_a_page_runs(page, folder):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_the_commands_that_need_the_hub_ask_for_it_and_for_nothing_else(page, folder):
+def test_the_commands_that_need_the_hub_ask_for_it_and_for_nothing_else(page, folder, monkeypatch):
     """Without a network they end with the sentence about the hub, so their flags and data are right."""
-    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"}
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.chdir(folder)
     for line in "".join(blocks(page, "hub")).splitlines():
-        command = [sys.executable, "-m", *shlex.split(line)]
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
+        done = nextvit_here(*shlex.split(line)[1:])
         assert done.returncode == 2
         assert re.search("cannot get timm/nextvit_small.* from the hub", done.stderr), done.stderr
 

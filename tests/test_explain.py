@@ -271,12 +271,12 @@ def test_spectra_are_of_the_four_stages_and_of_both_branches(classifier):
         ("timm:swin_tiny_patch4_window7_224", "classify"),
         ("timm:convnext_atto", "classify"),
         ("timm:deit_tiny_patch16_224", "classify"),
-        ("peer:cswin_tiny", "classify"),
+        pytest.param("peer:cswin_tiny", "classify", marks=pytest.mark.slow),
         ("peer:uniformer_small", "classify"),
-        ("timm:resnet18", "segment"),
-        ("peer:uniformer_small", "segment"),
+        pytest.param("timm:resnet18", "segment", marks=pytest.mark.slow),
+        pytest.param("peer:uniformer_small", "segment", marks=pytest.mark.slow),
         ("nextvit_nano", "segment"),
-        ("table8_r100", "classify"),
+        pytest.param("table8_r100", "classify", marks=pytest.mark.slow),
     ],
 )
 def test_every_network_is_looked_at_and_left_as_it_was(name, task):

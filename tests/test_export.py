@@ -84,20 +84,21 @@ def test_the_file_carries_its_metadata(exported):
     assert len(predictor.labels) == 1000
 
 
-def test_static_export_fixes_the_size(tmp_path):
-    model = fill(nextvit.create_model("nextvit_nano", num_classes=5))
-    for ending in ENDINGS:
-        report = nextvit.export(model, tmp_path / f"m{ending}", image_size=64, dynamic=False)
-        assert report.parity.ok
-        assert report.parity.live
-        session = open_session(tmp_path / f"m{ending}")
-        assert session.metadata.preprocess.image_size == 64
-        assert session(np.zeros((1, 3, 64, 64), np.float32)).shape == (1, 5)
-        with pytest.raises(Exception, match=r"(?i)dimension|shape|size"):
-            session(np.zeros((2, 3, 96, 64), np.float32))
-        images = [np.full((50, 60, 3), value, np.uint8) for value in (0, 128, 255)]
-        one_by_one = [nextvit.load(tmp_path / f"m{ending}").predict([image])[0] for image in images]
-        assert nextvit.load(tmp_path / f"m{ending}").predict(images) == one_by_one, "a fixed batch is the file's affair"
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_static_export_fixes_the_size_and_leaves_the_model_as_it_was(ending, small_export):
+    model, path, report = small_export(ending)
+    assert report.parity.ok
+    assert report.parity.live
+    session = open_session(path)
+    assert session.metadata.preprocess.image_size == 64
+    assert session(np.zeros((1, 3, 64, 64), np.float32)).shape == (1, 4)
+    with pytest.raises(Exception, match=r"(?i)dimension|shape|size"):
+        session(np.zeros((2, 3, 96, 64), np.float32))
+    images = [np.full((50, 60, 3), value, np.uint8) for value in (0, 128, 255)]
+    one_by_one = [nextvit.load(path).predict([image])[0] for image in images]
+    assert nextvit.load(path).predict(images) == one_by_one, "a fixed batch is the file's affair"
+    assert model.training
+    assert model.head.fc.weight.dtype == torch.float64
 
 
 @pytest.mark.slow
@@ -107,7 +108,7 @@ def test_other_input_channels_export(channels, tmp_path):
     assert nextvit.export(model, tmp_path / "m.onnx").parity.ok
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("ending", [pytest.param(".onnx", marks=pytest.mark.slow), ".xml"])
 def test_a_file_that_answers_otherwise_is_not_kept(ending, tmp_path, monkeypatch):
     """One weight is moved before writing, as a faulty converter would."""
     model = fill(nextvit.create_model("nextvit_nano", num_classes=4))
@@ -127,12 +128,19 @@ def test_a_file_that_answers_otherwise_is_not_kept(ending, tmp_path, monkeypatch
     assert path.read_bytes() == b"an older export"
 
 
-def test_stages_show_where_a_file_goes_wrong(tmp_path, monkeypatch):
+STAGES = {"image_size": 64, "dynamic": False, "stages": True}
+
+
+@pytest.mark.slow
+def test_stages_are_those_of_the_model(tmp_path):
     model = fill(nextvit.create_model("nextvit_nano", num_classes=4))
-    options = {"image_size": 64, "dynamic": False, "stages": True}
-    report = nextvit.export(model, tmp_path / "m.onnx", **options)
+    report = nextvit.export(model, tmp_path / "m.onnx", **STAGES)
     assert [stage.name for stage in report.stages] == ["stem", "stage 1", "stage 2", "stage 3", "stage 4", "logits"]
     assert all(stage.relative < 1e-5 and stage.cosine > 0.99999 for stage in report.stages)
+
+
+def test_stages_show_where_a_file_goes_wrong(tmp_path, monkeypatch):
+    model = fill(nextvit.create_model("nextvit_nano", num_classes=4))
     honest = exporting.export_form
 
     def faulty(network, *, fixed):
@@ -142,7 +150,8 @@ def test_stages_show_where_a_file_goes_wrong(tmp_path, monkeypatch):
 
     monkeypatch.setattr(exporting, "export_form", faulty)
     with pytest.raises(ParityError, match="relative difference after each stage") as caught:
-        nextvit.export(model, tmp_path / "bad.onnx", **options)
+        nextvit.export(model, tmp_path / "bad.onnx", **STAGES)
+    assert list(tmp_path.iterdir()) == []
     after = dict(re.findall(r"(stem|stage \d|logits) ([\d.e+-]+\d)", str(caught.value)))
     assert max(float(after[name]) for name in ("stem", "stage 1", "stage 2")) < 1e-5
     assert min(float(after[name]) for name in ("stage 3", "stage 4")) > 1e-4
@@ -300,18 +309,16 @@ def test_an_ending_that_is_no_format_is_refused_with_those_that_are(target, tmp_
         nextvit.export(nextvit.create_model("nextvit_nano"), tmp_path / target)
 
 
-def test_export_leaves_the_model_as_it_was(tmp_path):
-    model = fill(nextvit.create_model("nextvit_nano", num_classes=3)).double().train()
-    nextvit.export(model, tmp_path / "m.onnx", image_size=64, dynamic=False)
-    assert model.training
-    assert model.head.fc.weight.dtype == torch.float64
-
-
+@pytest.mark.slow
 def test_a_model_that_is_not_what_its_metadata_says_is_refused(tmp_path):
     model = fill(nextvit.create_model("nextvit_nano", num_classes=3))
     model.head.fc = torch.nn.Linear(512, 7)
     with pytest.raises(UserError, match="7 outputs and its metadata 3 classes"):
         nextvit.export(model, tmp_path / "m.onnx", image_size=64, dynamic=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_model_of_ours_is_refused(tmp_path):
     with pytest.raises(UserError, match="not Linear"):
         nextvit.export(torch.nn.Linear(2, 2), tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
@@ -384,6 +391,7 @@ def test_precision_is_set_explicitly_or_refused(small_file, tmp_path):
         nextvit.load(tmp_path / "m.xml", device="cuda")
 
 
+@pytest.mark.slow
 def test_a_missing_extra_is_named_with_its_install_line(tmp_path):
     blocked = tmp_path / "site"
     blocked.mkdir()

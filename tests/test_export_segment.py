@@ -20,7 +20,7 @@ from nextvit.data.scenes import GROUPS
 from nextvit.errors import UserError
 from nextvit.exporters import calibration
 from nextvit.exporters.calibration import read_calibration
-from nextvit.exporters.form import ClassMap
+from nextvit.exporters.form import ClassMap, stage_outputs
 from nextvit.heads.units import resized
 from nextvit.metadata import Preprocess
 from nextvit.metrics import PixelConfusion
@@ -118,17 +118,16 @@ def test_other_heads_and_backbones_are_exported_with_free_sizes(head, name, tmp_
     assert report.parity.relative < 1e-5
 
 
-@pytest.mark.parametrize("ending", RUNNABLE[:2])
-def test_the_example_beside_a_file_runs_by_itself(ending, files):
-    for class_map in (False, True):
-        path, _ = files(ending, dynamic=False, class_map=class_map)
-        folder = path.with_name(f"{path.name}.example")
-        done = subprocess.run([sys.executable, folder / "run.py"], capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "100.00 % of the pixels as expected" in done.stdout
-        wrong = np.asarray(Image.open(folder / "classes.png"))
-        Image.fromarray(wrong ^ 1).save(folder / "classes.png")
-        assert subprocess.run([sys.executable, folder / "run.py"], capture_output=True).returncode == 1
+@pytest.mark.parametrize(("ending", "dynamic", "class_map"), QUICK)
+def test_the_example_beside_a_file_runs_by_itself(ending, dynamic, class_map, files):
+    path, _ = files(ending, dynamic=dynamic, class_map=class_map)
+    folder = path.with_name(f"{path.name}.example")
+    done = subprocess.run([sys.executable, folder / "run.py"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "100.00 % of the pixels as expected" in done.stdout
+    wrong = np.asarray(Image.open(folder / "classes.png"))
+    Image.fromarray(wrong ^ 1).save(folder / "classes.png")
+    assert subprocess.run([sys.executable, folder / "run.py"], capture_output=True).returncode == 1
 
 
 def test_eval_of_a_file_gives_what_the_weights_give(files, model, tmp_path, monkeypatch):
@@ -141,13 +140,20 @@ def test_eval_of_a_file_gives_what_the_weights_give(files, model, tmp_path, monk
         assert done.returncode == 0, done.stderr
         told.append(json.loads(done.stdout)["miou"])
     assert told[0] == pytest.approx(told[1], abs=0.02)
-    classes, _ = files(".onnx", dynamic=False, class_map=True)
+    classes, _ = files(".xml", dynamic=False, class_map=True)
     assert nextvit_here("eval", classes, "demo").returncode == 0
     done = nextvit_here("eval", classes, "demo", "--flip")
     assert done.returncode == 2
     assert "views of an image cannot be averaged" in done.stderr
 
 
+def test_the_last_of_the_stages_is_what_the_segmenter_gives(model):
+    x = torch.randn(1, 3, 64, 96)
+    with torch.inference_mode():
+        torch.testing.assert_close(stage_outputs(model, x)[-1], model(x))
+
+
+@pytest.mark.slow
 def test_stages_say_where_a_file_goes_wrong(model, tmp_path):
     report = export(model, tmp_path / "m.onnx", dynamic=False, stages=True)
     assert [stage.name for stage in report.stages] == ["stem", "stage 1", "stage 2", "stage 3", "stage 4", "logits"]
@@ -212,6 +218,7 @@ def test_int8_gives_accuracy_back_where_too_much_is_lost(model, few, tmp_path):
     assert report.accuracy.drop <= 1.0
 
 
+@pytest.mark.slow
 def test_without_masks_the_float_model_is_what_counts(model, tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "FEWEST", 4)
     for index in range(10):

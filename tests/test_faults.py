@@ -31,7 +31,7 @@ from nextvit.train import train
 from nextvit.weights import read_weights
 from tests.conftest import nextvit_here
 
-RECIPE = ["drop_path=0.2", "images.size=32", "schedule.epochs=3", "batch_size=8", "schedule.warmup_epochs=1",
+RECIPE = ["drop_path=0.2", "images.size=32", "schedule.epochs=2", "batch_size=8", "schedule.warmup_epochs=1",
           "ema=0.9", "images.erasing=0.5", "mixing.mixup=0.8", "mixing.cutmix=1.0"]  # fmt: skip
 MACHINE = Machine(threads=1, workers=0, deterministic=True)
 
@@ -91,12 +91,10 @@ def assert_same(run: Path, whole: Path) -> None:
 def whole(garment_folder, tmp_path_factory) -> Iterator[tuple[Path, float]]:
     """A run that nothing stops, and the seconds that it takes."""
     run = tmp_path_factory.mktemp("faults") / "whole"
+    assert ended(start(abs, 1)) == 0  # what processes are forked from has loaded its libraries
+    begin = time.monotonic()
     assert ended(start(trained, garment_folder, run, False)) == 0
-    again, begin = run.with_name("again"), time.monotonic()
-    assert ended(start(trained, garment_folder, again, False)) == 0
-    seconds = time.monotonic() - begin
-    assert_same(again, run)
-    yield run, seconds
+    yield run, time.monotonic() - begin
     torch.use_deterministic_algorithms(False)
 
 
@@ -130,7 +128,7 @@ def test_other_numbers_of_workers_give_the_same_weights(whole, garment_folder, t
     from nextvit import train as module
 
     run = tmp_path / "run"
-    for workers, stop in ((0, 4), (2, 9), (1, 99)):
+    for workers, stop in ((0, 4), (2, 5), (1, 99)):
         honest, steps = module.train_step, []
 
         def step(*arguments, honest=honest, steps=steps, stop=stop):
@@ -147,7 +145,7 @@ def test_other_numbers_of_workers_give_the_same_weights(whole, garment_folder, t
             except module.Interrupted:
                 assert workers != 1
     assert_same(run, whole[0])
-    found("bit-identical after stops at steps 4 and 13")
+    found("bit-identical after stops at steps 4 and 9")
 
 
 def test_another_batch_size_goes_on_at_the_same_image(garment_folder, tmp_path, monkeypatch):
@@ -365,14 +363,14 @@ def test_a_recipe_that_was_changed_is_told(whole, garment_folder, tmp_path, foun
     run = tmp_path / "run"
     shutil.copytree(whole[0], run)
     path = run / "recipe.yaml"
-    path.write_text(path.read_text().replace("batch_size: 8", "batch_size: 16").replace("epochs: 3", "epochs: 4"))
+    path.write_text(path.read_text().replace("batch_size: 8", "batch_size: 16").replace("epochs: 2", "epochs: 3"))
     done = nextvit_here("train", garment_folder, "--resume", run)
     assert done.returncode == 2
     assert "batch_size = 16 and the run was begun with 8" in done.stderr
     shutil.copy(whole[0] / "recipe.yaml", path)
-    more = nextvit_here("train", garment_folder, "--resume", run, "--set", "schedule.epochs=4", "--threads", 1)
+    more = nextvit_here("train", garment_folder, "--resume", run, "--set", "schedule.epochs=3", "--threads", 1)
     assert more.returncode == 0, more.stderr
-    assert len((run / "metrics.csv").read_text().splitlines()) == 5
+    assert len((run / "metrics.csv").read_text().splitlines()) == 4
     refused = nextvit_here("train", garment_folder, "--resume", run, "--set", "model=nextvit_tiny")
     assert (refused.returncode, "nextvit_nano" in refused.stderr) == (2, True)
     torch.use_deterministic_algorithms(False)

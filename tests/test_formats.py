@@ -339,7 +339,7 @@ def test_sides_below_64_are_fixed_and_the_report_says_so(model, tmp_path):
 # ---- files that are programs ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ending", [".pt2", ".aoti.pt2"])
+@pytest.mark.parametrize("ending", [".pt2", pytest.param(".aoti.pt2", marks=pytest.mark.slow)])
 def test_a_program_from_elsewhere_is_opened_only_for_one_who_trusts_it(ending, model, tmp_path, monkeypatch):
     """One guard is added, as an attacker would who knows the seal; torch evaluates it as Python."""
     canary, path = tmp_path / "canary", tmp_path / f"m{ending}"

@@ -1,5 +1,6 @@
 """Each peer beside what its own paper prints, and what is asked of it: four maps, any size, gradients, export."""
 
+import functools
 from decimal import Decimal
 from typing import Any
 
@@ -24,6 +25,7 @@ MORE_THAN_PRINTED = pytest.mark.xfail(
 )
 
 
+@functools.cache
 def on_meta(name: str, classes: int = 1000) -> Any:
     """The network without memory for its weights: for shapes and counts."""
     with torch.device("meta"):
@@ -51,7 +53,7 @@ def test_has_the_printed_multiply_adds(name):
     assert_near(counter.get_total_flops() / 2e9, PEERS[name].flops_g)
 
 
-@pytest.mark.parametrize("size", [(224, 224), (512, 512), (800, 1280)])
+@pytest.mark.parametrize("size", [(224, 224), pytest.param((512, 512), marks=pytest.mark.slow), (800, 1280)])
 @pytest.mark.parametrize("name", WITH_MAPS)
 def test_gives_logits_and_four_maps_at_any_size(name, size):
     network, (height, width) = on_meta(name), size

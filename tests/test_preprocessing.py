@@ -36,7 +36,9 @@ def levels(image: Image.Image, p: Preprocess) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-@pytest.mark.parametrize(("size", "crop"), [(224, 0.875), (32, 1.0), (97, 0.9), (384, 1.0)])
+@pytest.mark.parametrize(
+    ("size", "crop"), [(224, 0.875), (32, 1.0), (97, 0.9), pytest.param(384, 1.0, marks=pytest.mark.slow)]
+)
 def test_a_pixel_is_pillow_s_but_where_a_sum_lies_on_the_edge_of_rounding(interpolation, size, crop):
     p = Preprocess(image_size=size, crop=crop, interpolation=interpolation)
     rng, off = np.random.default_rng(0), []
@@ -116,6 +118,7 @@ def test_int8_leaves_preprocessing_exact(ending, model, tmp_path):
     assert np.abs(first - second).max() < 0.05 * np.abs(first).max()
 
 
+@pytest.mark.slow
 def test_predict_eval_and_benchmark_take_such_a_file(trained, garment_folder, tmp_path):
     file = tmp_path / "m.onnx"
     done = nextvit_here("export", trained / "model.safetensors", "--to", "onnx", "--preprocess", "--output", file)

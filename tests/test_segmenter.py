@@ -288,10 +288,10 @@ def test_grid_pooling_is_adaptive_average_pooling(cells, sides):
     ("name", "head"),
     [
         ("resnet18", "fpn"),
-        ("resnet18", "upernet"),
-        ("convnext_atto", "fpn"),
+        pytest.param("resnet18", "upernet", marks=pytest.mark.slow),
+        pytest.param("convnext_atto", "fpn", marks=pytest.mark.slow),
         ("swin_tiny_patch4_window7_224", "fpn"),
-        ("mobilenetv3_small_050", "fpn"),
+        pytest.param("mobilenetv3_small_050", "fpn", marks=pytest.mark.slow),
     ],
 )
 def test_networks_of_timm_are_backbones_and_take_their_classifiers_weights(name, head, tmp_path):

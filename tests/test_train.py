@@ -17,9 +17,10 @@ import torch
 import yaml
 from PIL import Image
 
-from nextvit.checkpoints import kept_epoch
+from nextvit.checkpoints import newest_checkpoint
 from nextvit.create import open_checkpoint
 from nextvit.errors import Diverged, UserError
+from nextvit.metrics import kept_epoch
 from nextvit.recipe import Recipe, parse_recipe, read_recipe
 from nextvit.run import Machine
 from nextvit.train import train
@@ -85,7 +86,8 @@ def test_a_run_folder_holds_what_the_contract_says(trained):
 
 
 def test_training_learns_three_easy_classes(garment_folder, tmp_path):
-    recipe = read_recipe("default", ["images.size=32", "schedule.epochs=25", "batch_size=8", "optimizer.lr=2e-3"])
+    steps = ["schedule.epochs=5", "schedule.steps_per_epoch=30", "schedule.warmup_epochs=0.6"]
+    recipe = read_recipe("default", ["images.size=32", "batch_size=8", "optimizer.lr=2e-3", *steps])
     result = train(garment_folder, recipe, tmp_path / "run", machine=Machine(threads=1, workers=0))
     assert result.metrics.top1 >= 75, "chance is 33 %"
 
@@ -123,7 +125,8 @@ def test_a_signal_saves_and_resuming_gives_the_same_run(number, code, more, whol
     assert same_tensors(stopped / "model.safetensors", whole / "model.safetensors")
 
 
-@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.slow  # one in mid-epoch is in test_faults
+@pytest.mark.parametrize("step", [1, 3, 6])
 def test_a_stop_after_any_step_resumes_to_the_same_run(step, whole, garment_folder, tmp_path, monkeypatch):
     """In mid-epoch and after its last step (6 an epoch); the signal is raised by the step itself."""
     from nextvit import train as module
@@ -155,18 +158,20 @@ def test_a_stop_after_any_step_resumes_to_the_same_run(step, whole, garment_fold
     "K3", "the newest is empty, cut, or random: the one before is taken, with a warning; given itself: exit 2"
 )
 @pytest.mark.parametrize("damage", ["empty", "half", "last byte", "random"])
-def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(damage, trained, garment_folder, tmp_path):
+def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(damage, trained, garment_folder, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     good = (run / "last.ckpt").read_bytes()
     bad = {"empty": b"", "half": good[: len(good) // 2], "last byte": good[:-1], "random": os.urandom(5000)}[damage]
     (run / "last.ckpt").write_bytes(bad)
-    done = nextvit_here("train", garment_folder, "--resume", run)
-    assert done.returncode == 0, done.stderr
-    assert f"warning: {run / 'last.ckpt'}" in done.stderr
-    assert "resuming" in done.stderr
-    assert "1 of 2 epochs done" in done.stderr
-    (run / "last.ckpt").write_bytes(bad)
+    assert newest_checkpoint(run).state["epoch"] == 1
+    assert f"warning: {run / 'last.ckpt'}" in capsys.readouterr().err
+    if damage == "half":
+        done = nextvit_here("train", garment_folder, "--resume", run)
+        assert done.returncode == 0, done.stderr
+        assert "resuming" in done.stderr
+        assert "1 of 2 epochs done" in done.stderr
+        (run / "last.ckpt").write_bytes(bad)
     explicit = nextvit_here("info", run / "last.ckpt")
     assert explicit.returncode == 2
     assert explicit.stderr.count("\n") == 1
@@ -244,7 +249,8 @@ def test_resuming_on_data_that_is_not_the_same_is_refused(change, trained, garme
     data, run = tmp_path / "data", tmp_path / "run"
     shutil.copytree(garment_folder, data)
     shutil.copytree(trained, run)
-    assert nextvit_here("train", data, "--resume", run).returncode == 0, "where the folder lies does not matter"
+    if change == "a class is":
+        assert nextvit_here("train", data, "--resume", run).returncode == 0, "where the folder lies does not matter"
     if change == "a training image has another name":
         (data / "bag" / "00.jpg").rename(data / "bag" / "000.jpg")
     elif change == "a validation image is another":

@@ -34,7 +34,7 @@ from tests.test_objects import coco, content
 from tests.test_scene_augmentation import PLAIN, drawn
 
 SMALL = ["model=nextvit_nano", "weights=none", "batch_size=2", "scenes.short_sides=[64]", "scenes.long_side=64",
-         "schedule.epochs=2", "schedule.steps_per_epoch=3", "sampling.boxes=16", "sampling.masks=2"]  # fmt: skip
+         "schedule.epochs=1", "schedule.steps_per_epoch=4", "sampling.boxes=16", "sampling.masks=2"]  # fmt: skip
 MACHINE = Machine(threads=1, workers=0, deterministic=True)
 
 
@@ -160,7 +160,7 @@ def test_a_run_is_whole(run_folder):
     rows = metrics(run_folder)
     assert list(rows[0]) == ["epoch", "lr", "train_loss", "val_box_ap", "val_box_ap50", "val_box_ap75", "val_mask_ap",
                              "val_mask_ap50", "val_mask_ap75", "images"]  # fmt: skip
-    assert [row["images"] for row in rows] == ["6", "12"]
+    assert [row["images"] for row in rows] == ["8"]
     metadata = read_weights(run_folder / "model.safetensors").metadata
     assert (metadata.task, metadata.head) == ("detect", "mask_rcnn")
     assert metadata.labels == ("top", "trousers", "dress", "footwear", "bag")
@@ -176,8 +176,15 @@ def test_eval_of_the_run_gives_what_training_saw(run_folder, few):
     assert told["images"] == 3
 
 
-@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)])
-def test_a_stop_after_any_step_resumes_to_the_same_run(step, run_folder, few, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("step", "more"),
+    [
+        (3, []),
+        pytest.param(1, [], marks=pytest.mark.slow),
+        pytest.param(5, ["schedule.epochs=2", "ema=0.9"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_stop_after_any_step_resumes_to_the_same_run(step, more, run_folder, few, tmp_path, monkeypatch):
     from nextvit import train as module
 
     honest, calls = module.train_step, []
@@ -188,7 +195,10 @@ def test_a_stop_after_any_step_resumes_to_the_same_run(step, run_folder, few, tm
             signal.raise_signal(signal.SIGTERM)
         return honest(*arguments)
 
-    recipe = read_recipe("finetune_detect", SMALL)
+    recipe = read_recipe("finetune_detect", [*SMALL, *more])
+    if more:
+        run_folder = tmp_path / "whole"
+        train("demo", recipe, run_folder, machine=MACHINE)
     with monkeypatch.context() as patch:
         patch.setattr(module, "train_step", signalling)
         with pytest.raises(module.Interrupted):
@@ -203,8 +213,8 @@ def test_a_stop_after_any_step_resumes_to_the_same_run(step, run_folder, few, tm
 def test_from_a_classifier_with_loading_processes_the_frozen_stage_is_kept(few, tmp_path):
     classifier = fill(create_model("nextvit_nano", num_classes=4))
     save_weights(tmp_path / "c.safetensors", classifier.state_dict(), replace(classifier.metadata, num_classes=4))
-    changes = [*SMALL, f"weights={tmp_path / 'c.safetensors'}", "model=null", "schedule.epochs=1",
-               "optimizer.frozen_stages=1", "scenes.copy_paste=0.5", "ema=0.9"]  # fmt: skip
+    changes = [*SMALL, f"weights={tmp_path / 'c.safetensors'}", "model=null",
+               "schedule.steps_per_epoch=2", "optimizer.frozen_stages=1", "scenes.copy_paste=0.5"]  # fmt: skip
     train("demo", read_recipe("finetune_detect", changes), tmp_path / "run", machine=Machine(threads=1, workers=1))
     found = read_weights(tmp_path / "run" / "last.ckpt").tensors
     before = classifier.state_dict()
@@ -218,7 +228,7 @@ def test_from_a_classifier_with_loading_processes_the_frozen_stage_is_kept(few, 
 
 @pytest.mark.slow
 def test_it_trains_compiled(few, tmp_path):
-    recipe = read_recipe("finetune_detect", [*SMALL, "schedule.epochs=1"])
+    recipe = read_recipe("finetune_detect", SMALL)
     train("demo", recipe, tmp_path / "run", machine=Machine(threads=1, workers=0, compile=True))
     assert (tmp_path / "run" / "model.safetensors").exists()
 
@@ -228,14 +238,14 @@ def test_a_backbone_of_timms_and_a_set_of_one_class_train(tmp_path):
     whole = content(4)
     whole["categories"] = [{"id": 3, "name": "dog"}]
     folder = coco(tmp_path / "set", whole)
-    recipe = read_recipe("finetune_detect", [*SMALL, "model=timm:resnet18", "schedule.epochs=1"])
+    recipe = read_recipe("finetune_detect", [*SMALL, "model=timm:resnet18"])
     result = train(folder, recipe, tmp_path / "run", machine=Machine(threads=1, workers=0))
     assert result.split.labels == ("dog",)
 
 
 @pytest.mark.slow
 def test_the_command_line_trains_and_draws(few, tmp_path):
-    flags = [f for value in [*SMALL, "schedule.epochs=1"] for f in ("--set", value)]
+    flags = [f for value in SMALL for f in ("--set", value)]
     done = nextvit_here("train", "demo", "--task", "detect", "--output", tmp_path / "run", "--threads", 1, *flags)
     assert done.returncode == 0, done.stderr
     assert "box AP" in done.stdout

@@ -209,7 +209,7 @@ def test_eval_of_the_run_gives_what_training_saw(run_folder, street):
     assert json.loads(done.stdout)["miou"] == pytest.approx(best, abs=0.05)
 
 
-@pytest.mark.parametrize("step", [1, 3, 5])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_stop_after_any_step_resumes_to_the_same_run(step, run_folder, street, tmp_path, monkeypatch):
     from nextvit import train as module
 
@@ -316,9 +316,10 @@ def test_a_mask_that_does_not_fit_stops_a_run_before_its_first_step(kind, tmp_pa
     assert checked.serious
     (finding,) = [f for f in checked.findings if f.serious]
     assert (finding.kind, finding.count) == ("entries" if kind == "missing" else "unreadable", 1)
-    flags += ["--allow-bad", "--epochs", 1]
-    done = nextvit_here("train", root, "--task", "segment", "--output", tmp_path / "run", *flags)
-    assert done.returncode == 0, done.stderr
+    if kind in ("missing", "16 bits"):  # an entry without its mask, and a mask that cannot be read
+        flags += ["--allow-bad", "--epochs", 1]
+        done = nextvit_here("train", root, "--task", "segment", "--output", tmp_path / "run", *flags)
+        assert done.returncode == 0, done.stderr
 
 
 def test_a_mask_among_those_whose_images_are_not_decoded_stops_a_run_too(tmp_path, monkeypatch):
