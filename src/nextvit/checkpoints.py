@@ -1,8 +1,7 @@
 """The run folder: what a run saves, the newest of it that is whole, and who may write there."""
 
-import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -64,18 +63,6 @@ def merit(numbers: dict[str, float]) -> tuple[float, float]:
     if "miou" in numbers:
         return numbers["miou"], numbers["accuracy"]
     return numbers["top1"], -numbers["loss"]
-
-
-def kept_epoch(scores: Sequence[float], images: int) -> int:
-    """Index of the epoch whose weights are kept: the last one within a standard error of the highest score (percent).
-
-    images: how many `val` has. Of few images the highest score is luck, mostly, and then that of an early epoch, at a
-    high rate; the rule is that of Breiman et al., Classification and Regression Trees (1984). The error is that of a
-    share of images that are right; that of a mean of shares of pixels is less.
-    """
-    highest = max(scores)
-    error = math.sqrt(highest * (100 - highest) / images)
-    return max(index for index, score in enumerate(scores) if score >= highest - error)
 
 
 @dataclass

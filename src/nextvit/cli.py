@@ -47,7 +47,9 @@ RECIPES = (
 )
 RecipeName = Annotated[str, typer.Option(help=f"{RECIPES}.")]
 Task = Annotated[str | None, typer.Option(help="classify, segment or detect; left out: the recipe's own.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
+Device = Annotated[
+    str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps; of exported files what their runtime has (docs/export.md).")
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; left out: the runtime's own choice.")]
 AllThreads = Annotated[int | None, typer.Option(min=1, help="CPU threads; left out: one a core.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
@@ -353,10 +355,13 @@ def evaluate(
     from nextvit.devices import cpu_count
     from nextvit.evaluate import evaluate as run_evaluation
     from nextvit.evaluate import prepared_for, real_labels
+    from nextvit.extras import need
     from nextvit.report import evaluation_lines, write_evaluation
     from nextvit.runtime.open import open_session
     from nextvit.runtime.predictor import Predictor
 
+    if output is not None:
+        need("matplotlib", extra="plots")  # now, not after the last image
     session = open_session(
         model, weights=weights, device=device, threads=threads, precision=precision, hint=hint, trust=trust
     )
@@ -483,7 +488,7 @@ def predict(
         say(f"going on after {done} of {len(files)} files.")
     rows: list[dict[str, Any]] = []
     objects: list[tuple[Path, Detections]] = []
-    collect = as_json and output is None
+    collect = as_json and str(output or "-") == "-"  # one object on standard output, and nothing else there
     with collecting(rows) if collect else open_results(output, go_on=done > 0) as write:
         answers = track(
             predictor.stream(files[done:], batch_size=batch_size, tile=tile),
@@ -605,9 +610,7 @@ def benchmark(
     ] = None,
     batch_size: Annotated[str, typer.Option(help="Images a call; several, as in 1,8,32, make a row each.")] = "1",
     image_size: ImageSize = None,
-    rounds: Annotated[
-        int, typer.Option(min=1, help="Interleaved rounds, each measures every row once; 8 or more.")
-    ] = 20,
+    rounds: Annotated[int, typer.Option(min=8, help="Interleaved rounds, each measures every row once.")] = 20,
     weights: Weights = None,
     device: Device = "auto",
     threads: Annotated[
@@ -730,6 +733,7 @@ def reproduce(
 
     need("pydantic", extra="train")  # what is imported next reads recipes and records with it
     need("plotly", extra="plots")  # before what takes hours
+    need("scipy.stats", extra="peers")
     from nextvit.accuracies import place_of, study_of
     from nextvit.data.sets import task_of
     from nextvit.describe import table as as_table
@@ -1046,6 +1050,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return app(given, prog_name="nextvit", standalone_mode=False)
         except USAGE_ERROR as error:
+            if type(error).__name__ == "NoArgsIsHelpError":  # a group of verbs alone: its help is the answer
+                print(error.format_message(), file=sys.stderr)
+                return 2
             sentence = error.format_message().rstrip(".")
             raise UserError(f"{sentence}; `nextvit VERB --help` tells what it takes.") from error
         except typer.Abort as error:

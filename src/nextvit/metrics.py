@@ -1,6 +1,7 @@
 """Numbers from outputs and truth: arrays in, named numbers out."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -169,3 +170,15 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     """Probabilities (B, classes) of logits (B, classes)."""
     shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
     return shifted / shifted.sum(axis=1, keepdims=True)
+
+
+def kept_epoch(scores: Sequence[float], images: int) -> int:
+    """Index of the epoch whose weights are kept: the last one within a standard error of the highest score (percent).
+
+    images: how many `val` has. Of few images the highest score is luck, mostly, and then that of an early epoch, at a
+    high rate; the rule is that of Breiman et al., Classification and Regression Trees (1984). The error is that of a
+    share of images that are right; that of a mean of shares of pixels is less.
+    """
+    highest = max(scores)
+    error = math.sqrt(highest * (100 - highest) / images)
+    return max(index for index, score in enumerate(scores) if score >= highest - error)

@@ -14,7 +14,6 @@ import numpy as np
 
 from nextvit import plots
 from nextvit.benchmark import CONFIDENCE, Row
-from nextvit.checkpoints import kept_epoch
 from nextvit.data.check import LISTED, Checked
 from nextvit.data.images import printable
 from nextvit.describe import table
@@ -24,7 +23,7 @@ from nextvit.exporters.object_parity import FEWEST, ObjectParity
 from nextvit.exporters.parity import Parity
 from nextvit.files import write_rows, write_text
 from nextvit.metadata import Preprocess
-from nextvit.metrics import BINS
+from nextvit.metrics import BINS, kept_epoch
 from nextvit.runtime.session import Setup
 from nextvit.tasks.segment import View
 

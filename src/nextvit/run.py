@@ -211,9 +211,10 @@ def save(run: Run, name: str) -> None:
         "precision": run.precision,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
-    checkpoints.save_checkpoint(run.folder / name, tensors, run.model.metadata, state)
+    metadata = replace(run.model.metadata, recipe=run.recipe.sha256)
+    checkpoints.save_checkpoint(run.folder / name, tensors, metadata, state)
     if name == BEST:
-        save_best(run.folder, WeightFile(str(run.folder / BEST), tensors, run.model.metadata, state))
+        save_best(run.folder, WeightFile(str(run.folder / BEST), tensors, metadata, state))
 
 
 def gather(run: Run) -> None:

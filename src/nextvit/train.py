@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nextvit import checkpoints
-from nextvit.checkpoints import BEST, LAST, WEIGHTS, Epoch, kept_epoch, owned
+from nextvit.checkpoints import BEST, LAST, WEIGHTS, Epoch, owned
 from nextvit.create import open_checkpoint
 from nextvit.data.loader import NOT_PREPARED, Batch, batches, together
 from nextvit.data.seeds import word
@@ -28,6 +28,7 @@ from nextvit.evaluate import AnyEvaluation
 from nextvit.files import write_rows
 from nextvit.journal import Journal
 from nextvit.learning import Loading
+from nextvit.metrics import kept_epoch
 from nextvit.networks import Network, as_arrays, as_asked
 from nextvit.objective import Moment
 from nextvit.optimization import learning_rate
