@@ -434,6 +434,16 @@ def test_accuracies_of_weights_have_panels_of_their_own_and_proxies_have_none(tm
     assert drawn.count("<!-- latency / Next-ViT-S's -->") == 6  # printed twice and here, by either accuracy
 
 
+def test_what_lies_far_below_is_at_the_edge_with_its_accuracy(tmp_path):
+    rows = [row for row in ROWS["table4"] if row.image_size == 224]
+    found = [latency(row.key, 1.0 + number) for number, row in enumerate(rows)]
+    trade_off(rows, found, [], tmp_path / "p.png")
+    drawn = (tmp_path / "p.svg").read_text()
+    assert drawn.count("<!-- DeiT-T 72.2 -->") == 3  # printed twice and here
+    assert "<!-- 74 -->" not in drawn
+    assert "<!-- 80 -->" in drawn
+
+
 def test_a_claim_about_another_table_is_not_judged_by_this_one():
     rows = [
         PaperRow("table5", "A", "nextvit_small", 512, {"tensorrt_ms": 5.0}),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # it needs the libraries that training needs
     from nextvit.loading import Loading
 
 BLUE, ORANGE, GREY, RED = "#1f5fa8", "#e07b28", "#8a8f98", "#c0392b"
+FAR = 2  # times what lies between the quartiles, below the first one
 
 
 def _figure(width: float, height: float) -> Any:
@@ -228,10 +229,18 @@ def _families(panel: Panel) -> dict[str, list[Point]]:
     return families
 
 
+def _lowest(panels: Sequence[Panel], row: int) -> float:
+    """The accuracy that a row of panels begins at: of the lowest network that is not far below all others."""
+    found = [point.accuracy for panel in panels if panel.row == row for point in panel.points]
+    first, third = np.percentile(found, [25, 75])
+    return min(accuracy for accuracy in found if accuracy >= first - FAR * (third - first))
+
+
 def trade_off(panels: Sequence[Panel], ours: str, anchor: str, path: Path) -> None:
     """Accuracy against latency relative to the anchor's, as PNG, and beside it as SVG and as a page to point at.
 
-    ours: how the families begin that stand out, each member with its name; others have their family's alone.
+    ours: how the families begin that stand out, each member with its name; others have their family's alone. What lies
+    far below all others is a mark at the edge, with its accuracy.
     """
     rows, columns = (1 + max(getattr(panel, side) for panel in panels) for side in ("row", "column"))
     figure = _figure(5.2 * columns, 4.4 * rows)
@@ -256,6 +265,14 @@ def trade_off(panels: Sequence[Panel], ours: str, anchor: str, path: Path) -> No
         axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else "")
         axes.set(title=panel.runtime, xlabel=f"latency / {anchor}'s", ylabel=panel.accuracy)
         axes.spines[["top", "right"]].set_visible(False)
+        lowest, highest = _lowest(panels, panel.row), max(point.accuracy for point in panel.points)
+        if below := [point for point in panel.points if point.accuracy < lowest]:
+            edge = lowest - 0.05 * (highest - lowest)
+            axes.set_ylim(bottom=edge)
+            for m in below:
+                axes.plot(m.ratio, edge, "v", color=GREY, ms=5, clip_on=False)
+                place = {"xy": (m.ratio, edge), "xytext": (5, 4), "textcoords": "offset points"}
+                axes.annotate(f"{m.name} {m.accuracy:g}", size=7, color=GREY, **place)
     for row, column in empty:
         grid[row][column].set_visible(False)
     _save(figure, path)
