@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # it needs the libraries that training needs
     from nextvit.loading import Loading
 
 BLUE, ORANGE, GREY, RED = "#1f5fa8", "#e07b28", "#8a8f98", "#c0392b"
-FAR = 2  # times what lies between the quartiles, below the first one
+FAR = 3  # times what lies between the quartiles, below the first one: Tukey's "far out"
 
 
 def _figure(width: float, height: float) -> Any:
