@@ -24,7 +24,7 @@ HEADS_FORWARD = [0, 2, 1, 3]  # of a Transpose: (B, tokens, heads, channels) -> 
 
 def confused(model: Any) -> bool:
     """Whether it has attention of as many tokens as heads: fused, it answers as if the two axes were the other one
-    (OpenVINO 2026.4: by 2e-4 of the logits with random weights, and with those that have learnt by more).
+    (OpenVINO 2026.4: 2e-4 to 5e-3 of the logits, with random weights).
     """
     for node in model.get_ops():
         if node.get_type_name() == "Transpose" and node.input_value(1).get_node().get_type_name() == "Constant":
