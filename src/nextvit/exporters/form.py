@@ -173,9 +173,7 @@ class MapEMHSA(nn.Module):
 
     def split(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, heads, H * W, head_dim)"""
-        if (
-            self.fixed and x.shape[2] * x.shape[3] == self.heads
-        ):  # which OpenVINO mixes up: see its session
+        if self.fixed and x.shape[2] * x.shape[3] == self.heads:  # which OpenVINO mixes up: see its session
             return x.flatten(2).unflatten(1, (self.heads, self.head_dim)).transpose(2, 3)
         tokens = x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, self.heads, self.head_dim)
         return tokens.transpose(1, 2)
