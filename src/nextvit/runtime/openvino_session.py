@@ -30,7 +30,7 @@ def confused(model: Any) -> bool:
         if node.get_type_name() == "Transpose" and node.input_value(1).get_node().get_type_name() == "Constant":
             shape = node.get_input_partial_shape(0)
             order = node.input_value(1).get_node().get_data().tolist()
-            if order == HEADS_FORWARD and shape[1].is_static and shape[1] == shape[2]:
+            if order == HEADS_FORWARD and shape.rank.is_static and shape[1].is_static and shape[1] == shape[2]:
                 return True
     return False
 
