@@ -151,9 +151,11 @@ def pytest_configure():
 
 
 LONG = (  # files of tests, the longest first: started last, one of them would keep one process busy and the other idle
-    "test_docs", "test_cli", "test_export_detect", "test_export_segment", "test_export", "test_train_detect",
-    "test_faults", "test_formats", "test_precisions", "test_train", "test_processes", "test_reproduce", "test_explain",
-    "test_detector", "test_train_segment", "test_preprocessing", "test_ablations", "test_peers", "test_backbone",
+    "test_docs", "test_faults", "test_export", "test_export_detect", "test_formats", "test_train_detect",
+    "test_export_segment", "test_detector", "test_train", "test_precisions", "test_cli", "test_accuracies",
+    "test_train_segment", "test_fit", "test_reproduce", "test_peers", "test_benchmark", "test_processes",
+    "test_preprocessing", "test_detect", "test_weights", "test_segmenter", "test_foreign", "test_backbone",
+    "test_explain",
 )  # fmt: skip
 
 

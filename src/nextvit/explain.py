@@ -178,8 +178,13 @@ def spectra(network: Network, images: Iterable[Image.Image]) -> list[Spectrum]:
         asked = as_asked(network)
         for image in images:
             asked(torch.from_numpy(_input(image, network.metadata)))
-    means = {name: np.mean(values, axis=0) for name, values in seen.items() if values}
-    return [Spectrum(name, grid[known], mean[known]) for name, mean in means.items() for known in [np.isfinite(mean)]]
+    found = []
+    for name, values in seen.items():
+        if values:
+            mean = np.mean(values, axis=0)
+            known = np.isfinite(mean)
+            found.append(Spectrum(name, grid[known], mean[known]))
+    return found
 
 
 # ---- evidence --------------------------------------------------------------------------------------------------------

@@ -82,16 +82,16 @@ def chosen_setups(runtimes: Sequence[str] = (), precisions: Sequence[str] = ()) 
         if why := _not_here(runtime):
             raise UserError(f"{runtime} {why}; leave it out of the runtimes.")
     here = runtimes or [name for name in dict(SETUPS) if not _not_here(name)]
-    not_here = {"bf16"} - set(fast_precisions(pick_device("cpu")))  # it would be emulated
-    not_here |= {"int8"} if not installed(INT8.needs[0]) else set()
-    there_are = [(runtime, precision) for runtime, precision in SETUPS if runtime in here and precision not in not_here]
+    without = {"bf16"} - set(fast_precisions(pick_device("cpu")))  # it would be emulated
+    without |= {"int8"} if not installed(INT8.needs[0]) else set()
+    there_are = [(runtime, precision) for runtime, precision in SETUPS if runtime in here and precision not in without]
     chosen = [setup for setup in there_are if not precisions or setup[1] in precisions]
     if not chosen:
         raise UserError(
             f"none of these runtimes has one of these precisions here; take of {', '.join(map(' '.join, there_are))}."
         )
-    if without := [runtime for runtime in runtimes if runtime not in dict(chosen)]:
-        say(f"note: {', '.join(without)}: not in {' or '.join(precisions)} here, so left out.")
+    if left_out := [runtime for runtime in runtimes if runtime not in dict(chosen)]:
+        say(f"note: {', '.join(left_out)}: not in {' or '.join(precisions)} here, so left out.")
     return chosen
 
 
@@ -427,7 +427,9 @@ class Held:
         if self.claim.similar:
             if self.low >= 1 / SIMILAR and self.high <= SIMILAR:
                 return "holds"
-            return "faster than that" if self.low > SIMILAR else "not here" if self.high < 1 / SIMILAR else NOT_SURE
+            if self.low > SIMILAR:
+                return "faster than that"
+            return "not here" if self.high < 1 / SIMILAR else NOT_SURE
         if self.low > 1:
             return "holds" if self.measured >= self.printed / SIMILAR else "faster, by less than printed"
         return "not here" if self.high < 1 else NOT_SURE

@@ -85,6 +85,7 @@ HEADINGS = {  # of what is told of a table
     "depths": "Depths that come nearest to the reference's latency",
     "costs": "Parameters (millions) and operations (10^9 multiply-adds)",
 }
+PLACE = ("machine", "threads")  # columns of where a record was measured
 FEWEST_RANKED = 5  # rows that an order is told of
 EQUAL = ("table1", "table2", "table7")  # whose networks are brought to one latency
 
@@ -287,10 +288,10 @@ def write_reproduction(one: Rerun, folder: Path) -> None:
             trade_off(rows, found, one.scores, picture)
             parts += [report.picture(picture, "accuracy against latency")] if picture.exists() else []
         parts.append(report.html_table(lines))
-    if not (lines and found):  # what is left of measurements that are gone
-        stale = [folder / f"{table}-tradeoff{suffix}" for suffix in (".png", ".svg", ".html")]
-        for file in (*stale, *[folder / f"{table}-latency.csv"] * (not lines)):
-            file.unlink(missing_ok=True)
+    stale = [] if lines else ["latency.csv"]  # of measurements that are gone
+    stale += [] if found else ["tradeoff.png", "tradeoff.svg", "tradeoff.html"]
+    for name in stale:
+        (folder / f"{table}-{name}").unlink(missing_ok=True)
     if note := _proxy_note(kinds):
         parts.append(report.paragraph(note, "note"))
     if one.depths:
@@ -354,55 +355,60 @@ def write_readme(folder: Path) -> None:
     if (folder / "figure1.png").exists():
         parts.append("## Figure 1\n\n![accuracy against latency](figure1.png)")
     for table in sorted(TITLES):
-        files = {what: folder / f"{table}-{what}.csv" for what in ("latency", "orders", "claims", "depths", "costs")}
-        there = {what: _records(file) for what, file in files.items() if file.exists()}
-        if not there:
-            continue
-        parts.append(f"## {TITLES[table]}")
-        networks = [one["network"] + one.get("pixels", "") for one in there.get("latency") or there.get("costs") or []]
-        told = f"{len(set(networks))} of {len(paper_rows(table))} rows"
-        if on := _how_many(there.get("latency", [])):
-            told += "; latencies on " + ", ".join(f"{name} of {count}" for name, count in on.items())
-        parts += [f"{told}."] * bool(networks)
-        if (folder / f"{table}-tradeoff.png").exists():
-            parts.append(f"![accuracy against latency]({table}-tradeoff.png)")
-        if measured := there.get("latency"):
-            parts.append(_markdown(measured))
-            if any("a proxy" in column for column in measured[0]):
-                own = {row.network.partition("@")[0] for row in paper_rows(table)}
-                known = [score for score in read_scores(folder) if score.percent is not None]
-                parts.append(_proxy_note(one.kind for one in known if one.network.partition("@")[0] in own))
-        for what in ("orders", "claims"):
-            if there.get(what):
-                parts += [f"### {HEADINGS[what]}", *[CLAIMS_NOTE] * (what == "claims"), _markdown(there[what])]
-        if there.get("depths"):
-            hidden = ("machine", "threads")
-            shown = [{k: v for k, v in one.items() if k not in hidden} for one in there["depths"]]
-            parts += [f"### {HEADINGS['depths']}", DEPTHS_NOTE, _markdown(shown)]
-        if costs := there.get("costs"):
-            printed = [one for one in costs if one["printed"] != "-"]
-            odd = [{k: v for k, v in one.items() if k != "flag"} for one in printed if one["flag"] or one["why"]]
-            parts.append(f"### {HEADINGS['costs']}")
-            told = f"[Those of all these rows]({files['costs'].name})"
-            if printed:
-                told += f"; {len(printed) - len(odd)} of {len(printed)} printed figures are within 2 % of the network's"
-            parts.append(told + (", and the others are" if odd else "."))
-            parts += [_markdown(odd)] if odd else []
+        parts += _told_of_table(table, folder)
     if (folder / "figure5" / "spectra.png").exists():
         parts.append(f"## Figure 5: frequencies of the maps\n\n![spectra](figure5/spectra.png)\n\n{FIGURE5_NOTE}")
     if (folder / "fit.csv").exists():
-        records = _records(folder / "fit.csv")
-        where = [(one["machine"], one["threads"]) for one in records]
-        measured = [
-            {k: v for k, v in one.items() if k not in ("machine", "threads")}
-            for one, own in zip(records, where, strict=True)
-            if own == where[-1]
-        ]
-        parts.append("## fit: latency as predicted and as measured, of configurations drawn at random")
-        told = "speed is how long a network that blocks were measured from takes now / then, and error allows for it"
-        parts.append(f"{where[-1][0]}; {where[-1][1]} threads; {told}.")
-        parts.append(_markdown(measured))
+        parts += _told_of_fit(_records(folder / "fit.csv"))
     write_text(folder / "README.md", "\n\n".join(parts) + "\n")
+
+
+def _told_of_table(table: str, folder: Path) -> list[str]:
+    """Paragraphs, by the files of the table; none where there are none."""
+    files = {what: folder / f"{table}-{what}.csv" for what in ("latency", "orders", "claims", "depths", "costs")}
+    there = {what: _records(file) for what, file in files.items() if file.exists()}
+    if not there:
+        return []
+    parts = [f"## {TITLES[table]}"]
+    networks = [one["network"] + one.get("pixels", "") for one in there.get("latency") or there.get("costs") or []]
+    told = f"{len(set(networks))} of {len(paper_rows(table))} rows"
+    if on := _how_many(there.get("latency", [])):
+        told += "; latencies on " + ", ".join(f"{name} of {count}" for name, count in on.items())
+    parts += [f"{told}."] * bool(networks)
+    if (folder / f"{table}-tradeoff.png").exists():
+        parts.append(f"![accuracy against latency]({table}-tradeoff.png)")
+    if measured := there.get("latency"):
+        parts.append(_markdown(measured))
+        if any("a proxy" in column for column in measured[0]):
+            own = {row.network.partition("@")[0] for row in paper_rows(table)}
+            known = [score for score in read_scores(folder) if score.percent is not None]
+            parts.append(_proxy_note(one.kind for one in known if one.network.partition("@")[0] in own))
+    for what in ("orders", "claims"):
+        if there.get(what):
+            parts += [f"### {HEADINGS[what]}", *[CLAIMS_NOTE] * (what == "claims"), _markdown(there[what])]
+    if there.get("depths"):
+        parts += [f"### {HEADINGS['depths']}", DEPTHS_NOTE, _markdown(there["depths"], hidden=PLACE)]
+    if costs := there.get("costs"):
+        printed = [one for one in costs if one["printed"] != "-"]
+        odd = [one for one in printed if one["flag"] or one["why"]]
+        parts.append(f"### {HEADINGS['costs']}")
+        told = f"[Those of all these rows]({files['costs'].name})"
+        if printed:
+            told += f"; {len(printed) - len(odd)} of {len(printed)} printed figures are within 2 % of the network's"
+        parts.append(told + (", and the others are" if odd else "."))
+        parts += [_markdown(odd, hidden=("flag",))] if odd else []
+    return parts
+
+
+def _told_of_fit(records: Sequence[Mapping[str, str]]) -> list[str]:
+    """Paragraphs of what benchmarks/fit.py left, on the machine that it ran on last."""
+    machine, threads = (records[-1][what] for what in PLACE)
+    told = "speed is how long a network that blocks were measured from takes now / then, and error allows for it"
+    return [
+        "## fit: latency as predicted and as measured, of configurations drawn at random",
+        f"{machine}; {threads} threads; {told}.",
+        _markdown([one for one in records if (one["machine"], one["threads"]) == (machine, threads)], hidden=PLACE),
+    ]
 
 
 def _where(found: Sequence[Latency]) -> str:
@@ -424,8 +430,8 @@ def _records(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(handle))
 
 
-def _markdown(records: Sequence[Mapping[str, str]]) -> str:
-    head = list(records[0])
+def _markdown(records: Sequence[Mapping[str, str]], *, hidden: Sequence[str] = ()) -> str:
+    head = [column for column in records[0] if column not in hidden]
     lines = [head, ["---"] * len(head), *([one[key].replace("|", "\\|") for key in head] for one in records)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
